@@ -1,0 +1,1 @@
+"""Reads argv, chooses between implementations and composes the rooms once."""

@@ -1,0 +1,84 @@
+"""The only room that knows that other ranks exist: DeepSpeed and torch.distributed are imported here alone."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from dpo_ds.engine.policy import PolicyEngine
+from dpo_ds.engine.reference import ReferenceEngine
+from dpo_ds.engine.shards import load_sharded
+from dpo_ds.engine.world import World
+from dpo_ds.models.scorer import Scorer
+
+__all__ = ["Engines", "PolicyEngine", "ReferenceEngine", "World", "initialize"]
+
+
+class Engines(NamedTuple):
+    """What ``initialize`` returns; ``reference`` is None for reference-free losses."""
+
+    policy: PolicyEngine
+    reference: ReferenceEngine | None
+
+
+def initialize(
+    policy: str,
+    *,
+    world: World,
+    policy_config: Mapping[str, Any],
+    reference: str | None,
+    reference_config: Mapping[str, Any] | None,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Engines:
+    """Builds the policy's and the reference's ZeRO-3 engines; the counterpart of ``deepspeed.initialize``; collective.
+
+    Both models are read from files, one after the other, each straight into shards. The reference is never made from
+    the policy.
+
+    Args:
+        policy: folder or hub id of the model that trains.
+        world: the ranks.
+        policy_config: resolved DeepSpeed config (``engine.ds_config.policy_ds_config``).
+        reference: folder or hub id of the frozen model, or None for reference-free losses.
+        reference_config: resolved DeepSpeed config without an optimizer; None without a reference.
+        dtype: of both models' weights; the policy's masters are float32.
+        attention: ``auto``, or the name of an attention that transformers knows.
+        trust_remote_code: whether code that comes with the weights may run.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled decay of matrices.
+
+    Raises:
+        UserError: a checkpoint cannot be opened, or does not fill its model exactly.
+    """
+
+    def scorer(path: str, ds_config: Mapping[str, Any]) -> Scorer:
+        return Scorer(
+            load_sharded(
+                path,
+                ds_config=ds_config,
+                dtype=dtype,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                world=world,
+            )
+        )
+
+    policy_engine = PolicyEngine(
+        scorer(policy, policy_config),
+        ds_config=policy_config,
+        world=world,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    if reference is None or reference_config is None:
+        return Engines(policy_engine, None)
+    return Engines(
+        policy_engine, ReferenceEngine(scorer(reference, reference_config), ds_config=reference_config, world=world)
+    )

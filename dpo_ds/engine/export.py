@@ -1,0 +1,68 @@
+"""Writing the policy as a Hugging Face folder, and reading it back to prove it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from dpo_ds.data.tokenization import Tokenizer
+from dpo_ds.engine.shards import INDEX, difference_from_files
+from dpo_ds.engine.world import World
+from dpo_ds.errors import RunError
+
+
+def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, world: World) -> None:
+    """Writes weights, config, generation config and tokenizer; collective.
+
+    Rank 0 writes aside, holding one file's weights at a time; the folder appears when every rank has found its own live
+    shards in the files again. A tied head is stored once, as transformers does.
+
+    Args:
+        model: a ZeRO-3 model.
+        tokenizer: the run's.
+        folder: where the model goes; an older export there is replaced.
+        world: the ranks.
+
+    Raises:
+        RunError: the files do not hold the live weights.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    if world.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.config.save_pretrained(aside)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
+        tokenizer.save(aside)
+    _write_weights(model, aside, world=world)
+    world.barrier()
+    problems = [found for found in world.gather(difference_from_files(model, aside)) if found]
+    if problems:
+        raise RunError(f"the export to {folder} does not hold the policy's weights: {problems[0]}")
+    if world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    world.barrier()
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, *, world: World) -> None:
+    parameters = dict(model.named_parameters())
+    # Planned on tensors without data, so that the live ones need to be gathered one file at a time only.
+    hollow = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
+    plan = split_torch_state_dict_into_shards(hollow)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                if world.rank == 0:
+                    tensors[name] = parameters[name].detach().to("cpu", copy=True)
+        if world.rank == 0:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded and world.rank == 0:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))

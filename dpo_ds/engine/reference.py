@@ -1,0 +1,55 @@
+"""The reference: a second, inference-only ZeRO-3 engine with its own weights and config, frozen and proven so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dpo_ds.data.batch import PairBatch
+from dpo_ds.engine.shards import fingerprint
+from dpo_ds.engine.world import World
+from dpo_ds.errors import RunError
+from dpo_ds.models.scorer import Scorer
+
+
+class ReferenceEngine:
+    """Scores pairs with weights that never move. Every method is collective."""
+
+    def __init__(self, scorer: Scorer, *, ds_config: Mapping[str, Any], world: World) -> None:
+        """Builds the engine.
+
+        Args:
+            scorer: wraps a model whose weights are sharded already, from files: never a copy of the policy's.
+            ds_config: resolved DeepSpeed config without an optimizer.
+            world: the ranks.
+        """
+        scorer.requires_grad_(False).eval()
+        deepspeed.zero.register_external_parameter(scorer, scorer.head.weight)
+        # Without an optimizer DeepSpeed keeps no gradients, no masters and no states: parameter sharding and its hooks.
+        self.engine, *_ = deepspeed.initialize(model=scorer, config=dict(ds_config))
+        self._world = world
+        self.fingerprint = fingerprint(scorer, world)
+
+    @property
+    def model(self) -> Scorer:
+        """The scorer inside the engine."""
+        return self.engine.module
+
+    @torch.no_grad()
+    def score(self, batch: PairBatch) -> Tensor:
+        """Returns ``(2, pairs)``: summed log-probs of the chosen and of the rejected responses."""
+        return self.engine(batch)
+
+    def check(self) -> None:
+        """Proves that the reference is still what it was.
+
+        Raises:
+            RunError: a weight has moved, or is trainable, or the model is in training mode.
+        """
+        if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise RunError("the reference is not frozen: a parameter asks for gradients or the model is in train mode")
+        now = fingerprint(self.model, self._world)
+        if now != self.fingerprint:
+            raise RunError(f"the reference has moved: fingerprint {self.fingerprint[:12]} at the start, {now[:12]} now")

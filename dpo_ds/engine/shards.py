@@ -1,0 +1,144 @@
+"""The shards of a ZeRO-3 model's weights: loading them, fingerprinting them, and comparing them with files."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import cached_file
+
+from dpo_ds.engine.world import World
+from dpo_ds.errors import RunError
+from dpo_ds.models.causal_lm import load_causal_lm
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of one parameter.
+
+    Attributes:
+        values: ``(n,)``, a view of the live weights.
+        start: where the part begins in the flattened parameter.
+    """
+
+    values: Tensor
+    start: int
+
+
+def shard_of(parameter: nn.Parameter) -> Shard:
+    """Returns this rank's part of a ZeRO-3 parameter, without the padding behind its end."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+    return Shard(parameter.ds_tensor.data[: min(size, parameter.ds_numel - start)], start)
+
+
+def load_sharded(
+    path: str,
+    *,
+    ds_config: Mapping[str, Any],
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool,
+    world: World,
+) -> PreTrainedModel:
+    """Loads a causal language model whose weights are sharded while they are read, and compares them with the files.
+
+    Raises:
+        UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
+    """
+    with _sharding_at_load(ds_config):
+        model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    unsharded = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
+    if unsharded:
+        raise RunError(f"{len(unsharded)} parameters of {path} were loaded without being sharded ({unsharded[0]} ...)")
+    world.agree(difference_from_files(model, path))
+    return model
+
+
+@contextmanager
+def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    # transformers keeps this object by weak reference only: while it lives, from_pretrained loads into shards.
+    living = HfDeepSpeedConfig(dict(ds_config))
+    yield
+    del living
+
+
+def fingerprint(model: nn.Module, world: World) -> str:
+    """Returns a digest of all weights that depends on every bit and its place, but not on the number of ranks.
+
+    Each rank mixes each of its weights' bits with the weight's position and adds them up; sums of 64-bit integers wrap
+    and commute, so they add over shards.
+    """
+    sums = [_mixed_sum(shard_of(parameter)) for _, parameter in sorted(model.named_parameters())]
+    total = world.sum(torch.stack(sums))
+    return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()
+
+
+_CHUNK = 2**22  # elements; the mix needs a few 8-byte copies of each
+
+
+def _mixed_sum(shard: Shard) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.values.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=shard.values.device)
+    for offset in range(0, shard.values.numel(), _CHUNK):
+        bits = shard.values[offset : offset + _CHUNK].view(integer).long()
+        place = torch.arange(len(bits), device=bits.device) + (shard.start + offset)
+        # The finalizer of splitmix64 (Steele et al. 2014), on the bits offset by a multiple of the golden ratio.
+        mixed = bits + (place + 1) * -7046029254386353131
+        mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+        mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+        total += (mixed ^ (mixed >> 31)).sum()
+    return total
+
+
+def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | None:
+    """Compares this rank's shards with a checkpoint's safetensors files, bit for bit in the model's dtype.
+
+    Returns:
+        None if they are equal, else one line that names the first weight that is not.
+    """
+    files = _tensor_files(path)
+    if files is None:
+        return f"{path} has no safetensors weights to verify the loaded ones against; convert it with save_pretrained"
+    for name, parameter in model.named_parameters():
+        # Some old checkpoints leave the backbone's own prefix out of their names.
+        stored = name if name in files else name.removeprefix(f"{model.base_model_prefix}.")
+        if stored not in files:
+            return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
+        with safe_open(files[stored], framework="pt") as file:
+            expected = file.get_tensor(stored).flatten()
+        shard = shard_of(parameter)
+        if expected.numel() != parameter.ds_numel:
+            return f"{path} holds {expected.numel()} values for {name}, the model {parameter.ds_numel}"
+        expected = expected[shard.start : shard.start + shard.values.numel()].to(shard.values.dtype)
+        if not torch.equal(expected, shard.values.cpu()):
+            return f"the weight {name} differs from the file {files[stored]}; the load or the file is broken"
+    return None
+
+
+def _tensor_files(path: str | Path) -> dict[str, str] | None:
+    """Returns which file holds each tensor."""
+    if index := _find(path, INDEX):
+        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        return {name: str(_find(path, file)) for name, file in weight_map.items()}
+    if file := _find(path, WEIGHTS):
+        with safe_open(file, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
+    return None
+
+
+def _find(path: str | Path, file: str) -> str | None:
+    found: str | None = cached_file(str(path), file, _raise_exceptions_for_missing_entries=False)
+    return found

@@ -1,0 +1,17 @@
+"""The one exception that means "the user's config or data is wrong"."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message is one line that names the key or file, the value, what was expected and the remedy. The command line
+    prints it as ``error: <message>`` and exits with code 2, without a traceback.
+    """
+
+
+class RunError(Exception):
+    """A run that cannot be right and stops: not the user's typing, but nothing to go on with either.
+
+    The message is one line that names the step and what is wrong. The command line prints it as ``error: <message>`` and
+    exits with code 1.
+    """

@@ -1,0 +1,146 @@
+"""Preference losses: log-probs in, per-pair losses and rewards out, no reduction over pairs.
+
+A new loss is one function and one line of ``LOSSES``. No model, no config and no rank may enter.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Reduction = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What the policy and the reference think of the same pairs; every field is ``(pairs,)``.
+
+    ``h(x, y) = log pi(y|x) - log pi_ref(y|x)`` is a response's log-ratio. Without a reference its log-probs are zero,
+    so that ``h`` is the policy's own log-prob.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """``h(x, chosen)``, ``(pairs,)``."""
+        return self.policy_chosen - self.reference_chosen
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """``h(x, rejected)``, ``(pairs,)``."""
+        return self.policy_rejected - self.reference_rejected
+
+    @property
+    def margins(self) -> Tensor:
+        """``h(x, chosen) - h(x, rejected)``, ``(pairs,)``."""
+        return self.chosen_logratios - self.rejected_logratios
+
+    def averaged(self) -> "PairLogps":
+        """Returns the same pairs with each response's log-probs divided by its number of tokens."""
+        return replace(
+            self,
+            policy_chosen=self.policy_chosen / self.chosen_tokens,
+            policy_rejected=self.policy_rejected / self.rejected_tokens,
+            reference_chosen=self.reference_chosen / self.chosen_tokens,
+            reference_rejected=self.reference_rejected / self.rejected_tokens,
+        )
+
+
+class PreferenceLoss(NamedTuple):
+    """Per-pair results, each ``(pairs,)``; the rewards are detached."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class LossFunction(Protocol):
+    """A loss of each pair: ``(pairs,)``."""
+
+    def __call__(self, logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor: ...
+
+
+def sigmoid_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """DPO: ``-log sigmoid(beta * margin)``, Rafailov et al. 2023, eq. 7, arXiv:2305.18290.
+
+    With label smoothing ``e`` it is the conservative form, which takes a label to be wrong with probability ``e``:
+    ``-(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin)``, Mitchell 2023, eq. 3,
+    https://ericmitchell.ai/cdpo.pdf.
+
+    On length-averaged log-probs it is the length-normalised DPO of Lambert et al. 2024, section 5, arXiv:2411.15124.
+    """
+    logits = beta * logps.margins
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def hinge_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """SLiC hinge on the DPO margin: ``max(0, 1 - beta * margin)``, Liu et al. 2023 (RSO), eq. 10, arXiv:2309.06657."""
+    return F.relu(1 - beta * logps.margins)
+
+
+def ipo_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """IPO: ``(margin - 1 / (2 beta))^2``, Azar et al. 2023, eq. 17, arXiv:2310.12036; ``beta`` is the paper's tau.
+
+    The log-probs are averaged over tokens by default, as the authors confirmed for their experiments; the paper's
+    equation holds for sums as well (``reduction="sum"``).
+    """
+    return (logps.margins - 1 / (2 * beta)) ** 2
+
+
+def _zero_margin_sigmoid(beta: float) -> float:
+    return math.log(2)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One line of the table: the function, how it takes a response's log-probs, and its value where the margin is 0."""
+
+    function: LossFunction
+    reduction: Reduction
+    at_zero_margin: Callable[[float], float]
+    smooths_labels: bool = False
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(sigmoid_loss, "sum", _zero_margin_sigmoid, smooths_labels=True),
+    "sigmoid_norm": Loss(sigmoid_loss, "mean", _zero_margin_sigmoid, smooths_labels=True),
+    "hinge": Loss(hinge_loss, "sum", lambda beta: 1.0),
+    "ipo": Loss(ipo_loss, "mean", lambda beta: 1 / (4 * beta**2)),
+}
+
+
+def preference_loss(
+    logps: PairLogps, *, type: str, beta: float, label_smoothing: float = 0.0, reduction: Reduction | None = None
+) -> PreferenceLoss:
+    """Returns each pair's loss and implicit rewards ``beta * h``, Rafailov et al. 2023, section 5.1, arXiv:2305.18290.
+
+    Args:
+        logps: summed log-probs of the pairs.
+        type: a key of ``LOSSES``.
+        beta: strength of the pull towards the reference, > 0.
+        label_smoothing: probability that a label is wrong, in [0, 0.5); only where the loss knows it.
+        reduction: whether a response's log-prob is the sum over its tokens or their mean; None takes the loss's own.
+            The rewards are those that the loss compares.
+
+    Raises:
+        ValueError: ``label_smoothing`` is set for a loss that does not know it.
+    """
+    loss = LOSSES[type]
+    if label_smoothing and not loss.smooths_labels:
+        raise ValueError(f"label_smoothing must be 0 for the {type} loss, got {label_smoothing}")
+    if (reduction or loss.reduction) == "mean":
+        logps = logps.averaged()
+    return PreferenceLoss(
+        losses=loss.function(logps, beta=beta, label_smoothing=label_smoothing),
+        chosen_rewards=beta * logps.chosen_logratios.detach(),
+        rejected_rewards=beta * logps.rejected_logratios.detach(),
+    )

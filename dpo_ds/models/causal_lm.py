@@ -1,0 +1,119 @@
+"""Loading a Hugging Face causal language model, and finding its backbone and its head.
+
+No rank may enter: whoever wants the weights sharded opens that context around the call.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dpo_ds.dropout import disable_dropout
+from dpo_ds.errors import UserError
+
+
+def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Reads a model's config without its weights.
+
+    Raises:
+        UserError: there is no such model, or it is no causal language model.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model {path} cannot be opened ({_first_line(error)}); name a folder with a config.json or a hub id"
+        ) from error
+
+
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Returns the number of positions the model was made for, None where its config names none."""
+    text_config = config.get_text_config()
+    return text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
+
+
+def vocabulary_size(config: PretrainedConfig) -> int:
+    """Returns the rows of the model's embedding."""
+    return int(config.get_text_config().vocab_size)
+
+
+def load_causal_lm(
+    path: str, *, dtype: torch.dtype, attention: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads a causal language model with its dropout off.
+
+    Args:
+        path: folder or hub id.
+        dtype: of the weights.
+        attention: ``auto``, or the name of an attention that transformers knows.
+        trust_remote_code: whether code that comes with the weights may run.
+
+    Raises:
+        UserError: the checkpoint cannot be opened, or does not fill the model exactly.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the weights of {path} cannot be loaded: {_first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            named = ", ".join(str(key) for key in sorted(report[kind])[:3])
+            raise UserError(
+                f"the checkpoint {path} does not fill its model: {len(report[kind])} {kind.replace('_', ' ')} "
+                f"({named}); name a complete checkpoint of this architecture"
+            )
+    disable_dropout(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Head:
+    """Everything that a model does between its last hidden state and its logits.
+
+    Attributes:
+        weight: ``(vocab, width)``, perhaps tied to the embedding, perhaps sharded.
+        bias: ``(vocab,)`` or None.
+        scale: factor on the logits (Cohere, Granite).
+        softcap: bound of ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    scale: float
+    softcap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Maps hidden states ``(tokens, width)`` to logits ``(tokens, vocab)``, in the order of the models' own code."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Returns the model's head. Whether it is all of it, a probe must tell: see ``Scorer``.
+
+    Raises:
+        UserError: the model has no linear head.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"model {type(model).__name__} has no linear language-model head; use a causal language model")
+    config = model.config.get_text_config().to_dict()
+    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    softcap = config.get("final_logit_softcapping")
+    return Head(linear.weight, linear.bias, scale, float(softcap) if softcap else None)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

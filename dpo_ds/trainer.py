@@ -1,0 +1,223 @@
+"""When things happen: every step, every n steps, at the end. Training and evaluation share one forward."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dpo_ds.config import RunConfig
+from dpo_ds.data.batch import PairBatch, padded_batch
+from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.schedule import Plan, Schedule, plan_evaluation, plan_training
+from dpo_ds.engine import Engines, World
+from dpo_ds.errors import RunError
+from dpo_ds.learning_rate import learning_rate
+from dpo_ds.losses import PairLogps, PreferenceLoss, preference_loss
+from dpo_ds.metrics import Tally, add_pairs, add_work
+from dpo_ds.throughput import StepCost, Stopwatch
+from dpo_ds.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run did, over all ranks."""
+
+    steps: int
+    pairs: int
+    tokens: int
+    train_seconds: float
+
+
+class Trainer:
+    """Trains the policy on a schedule. Every method is collective: what runs next is the same on every rank."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        config: RunConfig,
+        *,
+        train: PreparedPairs,
+        evaluation: PreparedPairs | None,
+        world: World,
+        tracker: Tracker,
+        matmul_flops: float,
+    ) -> None:
+        """Composes a run.
+
+        Args:
+            engines: the policy's and, unless the loss is reference-free, the reference's.
+            config: the resolved run file.
+            train: pairs to train on.
+            evaluation: held-out pairs, or None.
+            world: the ranks.
+            tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
+            matmul_flops: operations a second of all ranks' matrix products together, for ``mfu``.
+        """
+        self._engines = engines
+        self._config = config
+        self._train = train
+        self._evaluation = evaluation
+        self._world = world
+        self._tracker = tracker
+        self._matmul_flops = matmul_flops
+        self._cost = StepCost(*engines.policy.parameter_counts(), passes=6 if engines.reference is None else 8)
+        self.schedule = Schedule.of_run(
+            pairs=len(train),
+            pairs_per_step=config.train.pairs_per_step,
+            epochs=config.train.epochs,
+            max_steps=config.train.max_steps,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+        )
+
+    def run(self) -> Trained:
+        """Trains all steps of the schedule, and evaluates before, every ``eval_every`` steps, and after them.
+
+        Raises:
+            RunError: a loss or a gradient is not finite, or the reference has moved.
+        """
+        steps, eval_every = self.schedule.steps, self._config.train.eval_every
+        tokens = seconds = 0.0
+        self.evaluate(after_step=0)
+        with tqdm(total=self.schedule.total_pairs, unit="pair", disable=self._world.rank != 0) as bar:
+            for step in range(1, steps + 1):
+                metrics = self.train(step)
+                tokens += metrics["tokens"]
+                seconds += metrics["step_seconds"]
+                bar.set_postfix_str(
+                    "loss {loss:.4f} margin {rewards/margins:.3f} accuracy {rewards/accuracies:.2f}".format(**metrics)
+                )
+                bar.update(int(metrics["pairs"]))
+                if step % self._config.tracking.log_every == 0 or step == steps:
+                    self._tracker.log({"step": step, "split": "train", **metrics})
+                if step == steps or (eval_every is not None and step % eval_every == 0):
+                    self.evaluate(after_step=step)
+        if self._engines.reference is not None:
+            self._engines.reference.check()
+        return Trained(steps, self.schedule.total_pairs, int(tokens), seconds)
+
+    def train(self, step: int) -> dict[str, float]:
+        """Takes optimizer step ``step`` (from 1) and returns the metrics of its batch, before its update, over all ranks.
+
+        Raises:
+            RunError: a loss or the gradient is not finite.
+        """
+        settings = self._config.train
+        clock = Stopwatch(self._world.synchronize)
+        pairs = self.schedule.pairs_of_step(step)
+        plan = plan_training(
+            pairs,
+            row_lengths=self._train.row_lengths,
+            ranks=self._world.size,
+            tokens_per_micro_batch=settings.tokens_per_micro_batch,
+        )
+        batches = list(self._batches(self._train, plan))
+        # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
+        references = [self._reference_logps(batch) for batch in batches]
+        clock.lap("seconds/reference")
+        tally = Tally(self._world.device)
+        losses = []
+        self._engines.policy.model.train()
+        for batch, reference in zip(batches, references, strict=True):
+            loss, logps = self._compare(batch, reference)
+            self._engines.policy.backward((loss.losses * batch.weights).sum() / len(pairs))
+            add_pairs(tally, loss, logps, weights=batch.weights)
+            add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
+            losses.append(loss.losses.detach())
+        clock.lap("seconds/policy")
+        for name, seconds in clock.laps.items():
+            tally.add(name, seconds)
+        packed = self._world.sum(tally.packed())
+        means, sums = tally.means(packed), tally.sums(packed)
+        if not math.isfinite(means["loss"]):
+            self._stop_at(step, batches, losses)
+        rate = learning_rate(
+            step,
+            steps=self.schedule.steps,
+            peak=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_ratio=settings.warmup_ratio,
+        )
+        grad_norm = self._engines.policy.step(learning_rate=rate)
+        if not math.isfinite(grad_norm):
+            raise RunError(f"step {step}: the gradient's norm is {grad_norm}; lower train.learning_rate")
+        seconds = clock.total()
+        scored = sums["lengths/chosen"] + sums["lengths/rejected"]
+        return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "pairs": len(pairs),
+            "tokens": sums["work/tokens"],
+            "fill_rate": sums["work/filled"] / sums["work/positions"],
+            "step_seconds": seconds,
+            "tokens_per_second": sums["work/tokens"] / seconds,
+            "mfu": self._cost.flops(tokens=sums["work/tokens"], scored=scored) / (seconds * self._matmul_flops),
+            "seconds/wait": seconds - means["seconds/reference"] - means["seconds/policy"],
+        }
+
+    @torch.no_grad()
+    def evaluate(self, *, after_step: int) -> dict[str, float]:
+        """Scores the held-out pairs, logs their metrics, and proves that the reference has not moved.
+
+        The result does not depend on the number of ranks. Without held-out pairs nothing is scored.
+
+        Raises:
+            RunError: the reference has moved.
+        """
+        if self._engines.reference is not None:
+            self._engines.reference.check()
+        if self._evaluation is None:
+            return {}
+        plan = plan_evaluation(
+            range(len(self._evaluation)),
+            row_lengths=self._evaluation.row_lengths,
+            ranks=self._world.size,
+            tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
+        )
+        tally = Tally(self._world.device)
+        self._engines.policy.model.eval()
+        for batch in self._batches(self._evaluation, plan):
+            loss, logps = self._compare(batch, self._reference_logps(batch))
+            add_pairs(tally, loss, logps, weights=batch.weights)
+        metrics = tally.means(self._world.sum(tally.packed()))
+        self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
+        return metrics
+
+    def _batches(self, pairs: PreparedPairs, plan: Plan) -> Iterator[PairBatch]:
+        for micro_batch in plan[self._world.rank]:
+            batch = padded_batch([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
+            yield batch.to(self._world.device)
+
+    def _reference_logps(self, batch: PairBatch) -> Tensor:
+        if self._engines.reference is None:
+            return torch.zeros(2, len(batch.weights), device=self._world.device)
+        return self._engines.reference.score(batch)
+
+    def _compare(self, batch: PairBatch, reference: Tensor) -> tuple[PreferenceLoss, PairLogps]:
+        logps = PairLogps(*self._engines.policy.score(batch), *reference, *batch.response_tokens.view(2, -1))
+        settings = self._config.loss
+        loss = preference_loss(
+            logps,
+            type=settings.type,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            reduction=settings.reduction,
+        )
+        return loss, logps
+
+    def _stop_at(self, step: int, batches: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:
+        scored = zip(batches, losses, strict=True)
+        mine = [
+            pair
+            for batch, values in scored
+            for pair, value in zip(batch.ids, values.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        bad = [pair for pairs in self._world.gather(mine) for pair in pairs]
+        raise RunError(
+            f"step {step}: the loss is not finite for {len(bad)} pairs ({', '.join(bad[:4])}); the weights are those "
+            "before the step; lower train.learning_rate, or look at these pairs"
+        )
