@@ -12,6 +12,6 @@ class UserError(Exception):
 class RunError(Exception):
     """A run that cannot be right and stops: not the user's typing, but nothing to go on with either.
 
-    The message is one line that names the step and what is wrong. The command line prints it as ``error: <message>`` and
-    exits with code 1.
+    The message is one line that names the step and what is wrong. The command line prints it as ``error: <message>``
+    and exits with code 1.
     """

@@ -100,7 +100,7 @@ class Trainer:
         return Trained(steps, self.schedule.total_pairs, int(tokens), seconds)
 
     def train(self, step: int) -> dict[str, float]:
-        """Takes optimizer step ``step`` (from 1) and returns the metrics of its batch, before its update, over all ranks.
+        """Takes optimizer step ``step`` (from 1); returns the metrics of its batch, before its update, over all ranks.
 
         Raises:
             RunError: a loss or the gradient is not finite.

@@ -1,6 +1,6 @@
 """Which pairs a step holds, and how ranks and micro-batches share them.
 
-Pure functions of (seed, epoch, step) and of lengths. No token, no tensor and no rank may enter: ranks are a number here.
+Pure functions of (seed, epoch, step) and of lengths. No token and no tensor may enter, and ranks are a number here.
 """
 
 from collections.abc import Iterable, Sequence

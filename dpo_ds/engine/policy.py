@@ -51,7 +51,8 @@ class PolicyEngine:
         )
         self._world = world
         model_dtype, accumulation_dtype = self.engine.get_data_types()
-        assert not self.engine.managed_gradient_accumulation() and accumulation_dtype is torch.float32
+        assert not self.engine.managed_gradient_accumulation()
+        assert accumulation_dtype is torch.float32
         self.dtype: torch.dtype = model_dtype
 
     @property

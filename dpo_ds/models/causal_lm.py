@@ -91,7 +91,7 @@ class Head:
     softcap: float | None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Maps hidden states ``(tokens, width)`` to logits ``(tokens, vocab)``, in the order of the models' own code."""
+        """Maps hidden states ``(tokens, width)`` to logits ``(tokens, vocab)``."""
         logits = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale

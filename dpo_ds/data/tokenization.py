@@ -1,0 +1,193 @@
+"""From a preference to token ids. Truncation, BOS and EOS are decided here and never again; no column name, no file and
+no tensor may enter."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dpo_ds.data.preferences import DropReason, Message, Preference
+from dpo_ds.errors import UserError
+
+Truncation = Literal["prompt_start", "response_end"]
+TokenIds = tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """What Hugging Face and SentencePiece tokenizers both offer."""
+
+    @property
+    def name(self) -> str:
+        """Its folder, file or hub id, for messages."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if there is one."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a response."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id that it can produce, plus 1."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it can render conversations."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of its content: equal for tokenizers that give the same ids, wherever they lie."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a plain prompt with the tokenizer's own special tokens, less an EOS that it appends."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, special tokens neither prepended nor appended."""
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
+        """Returns a conversation as the chat template writes it, None where the template refuses such a conversation.
+
+        Args:
+            messages: the turns.
+            add_generation_prompt: whether to write the beginning of the assistant's next turn, too.
+
+        Raises:
+            UserError: there is no template, or it is faulty.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Writes the files from which the tokenizer can be loaded again."""
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as the models see it.
+
+    Attributes:
+        id: hash of the tokens, hexadecimal.
+        prompt_ids: at least one token.
+        chosen_ids: ends with the one EOS, unless its end was cut off.
+        rejected_ids: likewise.
+    """
+
+    id: str
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> "TokenizedPair":
+        """Returns the pair of these tokens, named by their hash."""
+        parts = (tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+        numbers = np.array([*map(len, parts), *(token for part in parts for token in part)], dtype="<i8")
+        return cls(hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest(), *parts)
+
+
+def tokenize_pair(
+    preference: Preference, tokenizer: Tokenizer, *, max_length: int, truncation: Truncation | None
+) -> TokenizedPair | DropReason:
+    """Returns a preference's tokens, or why it cannot be used.
+
+    Prompt and responses are encoded separately and concatenated, which is what inference produces: a model that writes
+    the response starts from the prompt's own tokens. A plain prompt never meets the chat template.
+
+    Args:
+        preference: strings or messages.
+        tokenizer: the policy's.
+        max_length: bound on the tokens of prompt + longer response.
+        truncation: None drops what does not fit, ``prompt_start`` shortens the prompt at its start (a BOS stays),
+            ``response_end`` both responses at their end.
+
+    Raises:
+        UserError: the preference needs a chat template, and there is none or it rewrites earlier turns.
+    """
+    match preference:
+        case Preference(str(prompt), str(chosen), str(rejected)):
+            prompt_ids = tokenizer.encode_prompt(prompt)
+            responses = [tokenizer.encode(response) for response in (chosen, rejected)]
+        case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
+            rendered = _render(messages, (chosen, rejected), tokenizer)
+            if rendered is None:
+                return "refused by the chat template"
+            prompt_ids = tokenizer.encode(rendered[0])
+            responses = [_encode_up_to_eos(response, tokenizer) for response in rendered[1:]]
+        case _:
+            raise TypeError("prompt, chosen and rejected must be of one kind")
+    while len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == tokenizer.bos_id:
+        prompt_ids = prompt_ids[1:]
+    if not prompt_ids:
+        return "empty prompt"
+    chosen_ids, rejected_ids = (_ended_once(response, tokenizer.eos_id) for response in responses)
+    if len(chosen_ids) == 1 or len(rejected_ids) == 1:
+        return "empty response"
+    if chosen_ids == rejected_ids:
+        return "identical responses"
+    pair = TokenizedPair.of(prompt_ids, chosen_ids, rejected_ids)
+    if len(pair.prompt_ids) + max(len(chosen_ids), len(rejected_ids)) <= max_length:
+        return pair
+    if truncation == "prompt_start":
+        return _cut_prompt(pair, max_length, tokenizer.bos_id)
+    return _cut_responses(pair, max_length) if truncation == "response_end" else "too long"
+
+
+def _render(
+    prompt: Sequence[Message], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer
+) -> list[str] | None:
+    """Returns the prompt's text and what each response adds to it, None where the template refuses the conversation."""
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            f"the data holds message lists and the tokenizer {tokenizer.name} has no chat template; name one that has in "
+            "model.tokenizer, or write prompt, chosen and rejected as plain strings"
+        )
+    start = tokenizer.render_chat(prompt, add_generation_prompt=True)
+    wholes = [tokenizer.render_chat([*prompt, *response], add_generation_prompt=False) for response in responses]
+    if start is None or None in wholes:
+        return None
+    texts = [start]
+    for whole in wholes:
+        assert whole is not None
+        if not whole.startswith(start):
+            raise UserError(_how_it_rewrites(start, whole, tokenizer))
+        texts.append(whole[len(start) :])
+    return texts
+
+
+def _how_it_rewrites(start: str, whole: str, tokenizer: Tokenizer) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), min(len(start), len(whole)))
+    return (
+        f"the chat template of {tokenizer.name} writes a prompt otherwise once its response follows: after {same} characters "
+        f"{start[same : same + 40]!r} becomes {whole[same : same + 40]!r}; use a template that only appends to earlier "
+        "turns, or write prompt, chosen and rejected as plain strings"
+    )
+
+
+def _encode_up_to_eos(response: str, tokenizer: Tokenizer) -> list[int]:
+    # ChatML writes a newline behind its end marker, which a model that stops at EOS never says.
+    ids = tokenizer.encode(response.rstrip())
+    return ids if ids[-1:] == [tokenizer.eos_id] else tokenizer.encode(response)
+
+
+def _ended_once(ids: list[int], eos_id: int) -> TokenIds:
+    end = len(ids)
+    while end and ids[end - 1] == eos_id:
+        end -= 1
+    return (*ids[:end], eos_id)
+
+
+def _cut_prompt(pair: TokenizedPair, max_length: int, bos_id: int | None) -> TokenizedPair | DropReason:
+    # Models are trained with their BOS first, so without it every log-prob of the pair would be off.
+    kept = pair.prompt_ids[:1] if pair.prompt_ids[0] == bos_id else ()
+    room = max_length - max(len(pair.chosen_ids), len(pair.rejected_ids)) - len(kept)
+    return TokenizedPair.of(kept + pair.prompt_ids[-room:], pair.chosen_ids, pair.rejected_ids) if room > 0 else "too long"
+
+
+def _cut_responses(pair: TokenizedPair, max_length: int) -> TokenizedPair | DropReason:
+    room = max(0, max_length - len(pair.prompt_ids))
+    chosen_ids, rejected_ids = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    # What is left must differ somewhere: the same tokens on both sides have a loss and no gradient.
+    return TokenizedPair.of(pair.prompt_ids, chosen_ids, rejected_ids) if chosen_ids != rejected_ids else "too long"

@@ -1,0 +1,39 @@
+import torch
+
+from dpo_ds.data.batch import padded_batch
+from dpo_ds.data.tokenization import TokenizedPair
+
+PAIRS = [
+    TokenizedPair(id="a", prompt_ids=(11, 12), chosen_ids=(21, 22, 23), rejected_ids=(31,)),
+    TokenizedPair(id="b", prompt_ids=(13,), chosen_ids=(24,), rejected_ids=(32, 33)),
+]
+
+
+def test_rows_hold_prompt_and_response_padded_to_the_right_chosen_first():
+    batch = padded_batch(PAIRS)
+    assert batch.input_ids.tolist() == [[11, 12, 21, 22, 23], [13, 24, 0, 0, 0], [11, 12, 31, 0, 0], [13, 32, 33, 0, 0]]
+    assert batch.response_tokens.tolist() == [3, 1, 1, 2]
+    assert batch.ids == ("a", "b")
+
+
+def test_every_response_token_is_predicted_by_the_position_before_it_and_nothing_else_is_scored():
+    batch = padded_batch(PAIRS)
+    ids = batch.input_ids.flatten()
+    assert batch.targets.tolist() == [21, 22, 23, 24, 31, 32, 33]
+    assert ids[batch.predicted_at + 1].tolist() == batch.targets.tolist()
+    assert ids[batch.predicted_at].tolist() == [12, 21, 22, 13, 12, 13, 32]
+    assert batch.response_of.tolist() == [0, 0, 0, 1, 2, 3, 3]
+
+
+def test_a_prompt_counts_once_and_a_stand_in_not_at_all():
+    assert padded_batch(PAIRS).tokens == 2 + 3 + 1 + 1 + 1 + 2
+    assert padded_batch(PAIRS).filled == 5 + 2 + 3 + 3
+    stand_in = padded_batch(PAIRS[:1], weight=0.0)
+    assert (stand_in.tokens, stand_in.filled, stand_in.weights.tolist()) == (0, 0, [0.0])
+
+
+def test_moving_a_batch_moves_every_tensor():
+    moved = padded_batch(PAIRS).to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_ds.data.schedule import Plan, Schedule, plan_evaluation, plan_training
+
+
+def schedule(**changes: object) -> Schedule:
+    settings = {"pairs": 10, "pairs_per_step": 4, "epochs": 2, "max_steps": None, "seed": 7, "shuffle": True}
+    return Schedule.of_run(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_an_epoch_holds_every_pair_once_and_ends_with_a_ragged_step():
+    steps = [schedule().pairs_of_step(step).tolist() for step in (1, 2, 3)]
+    assert [len(step) for step in steps] == [4, 4, 2]
+    assert sorted(sum(steps, [])) == list(range(10))
+
+
+def test_epochs_differ_in_order_and_a_seed_repeats_itself():
+    first = np.concatenate([schedule().pairs_of_step(step) for step in (1, 2, 3)])
+    second = np.concatenate([schedule().pairs_of_step(step) for step in (4, 5, 6)])
+    again = np.concatenate([schedule().pairs_of_step(step) for step in (1, 2, 3)])
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, again)
+
+
+def test_without_shuffling_the_order_is_the_files():
+    assert schedule(shuffle=False).pairs_of_step(2).tolist() == [4, 5, 6, 7]
+    assert schedule(shuffle=False).pairs_of_step(4).tolist() == [0, 1, 2, 3]
+
+
+def test_steps_are_those_of_all_epochs_unless_max_steps_says_otherwise():
+    assert schedule().steps == 6
+    assert schedule().total_pairs == 20
+    assert schedule(max_steps=4).steps == 4
+    assert schedule(max_steps=4).total_pairs == 10 + 4
+
+
+def assert_runs_everywhere(plan: Plan, pairs: list[int], ranks: int) -> None:
+    assert len(plan) == ranks
+    assert len({len(micro_batches) for micro_batches in plan}) == 1, "ranks would hang in each other's collectives"
+    real = [pair for rank in plan for batch in rank if batch.weight for pair in batch.pairs]
+    assert sorted(real) == pairs
+    assert all(len(batch.pairs) >= 1 for rank in plan for batch in rank)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    ranks=st.integers(1, 5),
+    budget=st.integers(100, 400),
+)
+@pytest.mark.parametrize("planner", [plan_training, plan_evaluation])
+def test_a_plan_holds_every_pair_once_within_the_budget_and_as_many_micro_batches_on_every_rank(
+    planner, lengths, ranks, budget
+):
+    pairs = list(range(len(lengths)))
+    plan = planner(pairs, row_lengths=np.array(lengths), ranks=ranks, tokens_per_micro_batch=budget)
+    assert_runs_everywhere(plan, pairs, ranks)
+    for rank in plan:
+        for batch in rank:
+            assert 2 * len(batch.pairs) * max(lengths[pair] for pair in batch.pairs) <= budget
+
+
+def test_a_micro_batch_is_split_rather_than_a_stand_in_added():
+    plan = plan_training(range(4), row_lengths=np.full(4, 10), ranks=2, tokens_per_micro_batch=1000)
+    assert [[batch.pairs for batch in rank] for rank in plan] == [[(0, 1)], [(2, 3)]]
+    assert all(batch.weight == 1 for rank in plan for batch in rank)
+
+
+def test_a_rank_without_a_pair_gets_the_shortest_as_a_stand_in_that_counts_for_nothing():
+    plan = plan_training([0, 1], row_lengths=np.array([9, 5]), ranks=3, tokens_per_micro_batch=100)
+    assert [(batch.pairs, batch.weight) for rank in plan for batch in rank] == [((0,), 1), ((1,), 1), ((1,), 0)]
+
+
+def test_the_micro_batches_of_an_evaluation_do_not_depend_on_the_number_of_ranks():
+    lengths = np.random.RandomState(0).randint(5, 60, 37)
+    plans = [
+        plan_evaluation(range(37), row_lengths=lengths, ranks=ranks, tokens_per_micro_batch=300) for ranks in (1, 2, 3)
+    ]
+    batches = [sorted(batch.pairs for rank in plan for batch in rank if batch.weight) for plan in plans]
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_the_longest_pairs_come_first_so_that_memory_runs_out_at_once_or_never():
+    lengths = np.array([3, 50, 4, 40, 5, 30])
+    plan = plan_training(range(6), row_lengths=lengths, ranks=1, tokens_per_micro_batch=100)
+    assert plan[0][0].pairs == (1,)

@@ -1,0 +1,202 @@
+"""What real ranks do in the engine's tests: ``python scenarios.py NAME MODEL [...]`` runs one of these on every rank.
+
+A scenario asserts; a rank whose assertion fails exits non-zero, and the test with it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dpo_ds.data.batch import PairBatch, padded_batch
+from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine.export import export
+from dpo_ds.engine.reference import ReferenceEngine
+from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of
+from dpo_ds.errors import RunError, UserError
+from dpo_ds.gate import check_equal_start, check_heads
+from dpo_ds.launcher.identity import Identity
+from dpo_ds.losses import PairLogps, preference_loss
+from dpo_ds.models.scorer import Scorer
+
+# Threshold 0, so that a tiny model's parameters really are partitioned.
+REFERENCE_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+}
+POLICY_CONFIG = REFERENCE_CONFIG | {
+    "managed_gradient_accumulation": False,
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "gradient_clipping": 1.0,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def configs(dtype: torch.dtype) -> dict[str, dict]:
+    section = {"bf16": {"enabled": dtype is torch.bfloat16}}
+    return {"policy_config": POLICY_CONFIG | section, "reference_config": REFERENCE_CONFIG | section}
+
+
+def engines_of(model: str, world: World, dtype: torch.dtype = torch.float32) -> Engines:
+    return initialize(model, world=world, reference=model, dtype=dtype, **configs(dtype))
+
+
+def some_pairs(count: int, vocabulary: int = 64) -> list[TokenizedPair]:
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocabulary, (length,), generator=draw).tolist())
+
+    return [
+        TokenizedPair(id=str(n), prompt_ids=ids(3 + n), chosen_ids=ids(5), rejected_ids=ids(2 + 2 * n))
+        for n in range(count)
+    ]
+
+
+def my_batch(world: World, count: int = 4) -> PairBatch:
+    return padded_batch(some_pairs(count)[world.rank :: world.size]).to(world.device)
+
+
+def take_step(engines: Engines, batch: PairBatch, *, pairs: int, learning_rate: float = 1e-3) -> float:
+    logps = PairLogps(*engines.policy.score(batch), *engines.reference.score(batch), *batch.response_tokens.view(2, -1))
+    engines.policy.backward(preference_loss(logps, type="sigmoid", beta=0.1).losses.sum() / pairs)
+    return engines.policy.step(learning_rate=learning_rate)
+
+
+def reference_stays(world: World, model: str) -> None:
+    engines = engines_of(model, world)
+    reference, policy = engines.reference, engines.policy
+    assert type(reference.engine.optimizer).__name__ == "DeepSpeedZeRoOffload", "the reference has an optimizer"
+    shards = [shard_of(parameter).values for parameter in reference.model.parameters()]
+    whole = sum(parameter.ds_numel for parameter in reference.model.parameters())
+    assert abs(sum(map(len, shards)) - whole / world.size) <= world.size * len(shards)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+    theirs = {shard_of(parameter).values.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    assert not theirs & {shard.untyped_storage().data_ptr() for shard in shards}
+    before = policy.fingerprint()
+    assert before == reference.fingerprint
+    batch = my_batch(world)
+    for _ in range(3):
+        take_step(engines, batch, pairs=4)
+    assert policy.fingerprint() != before
+    reference.check()
+    assert all(parameter.grad is None for parameter in reference.model.parameters())
+    assert (policy.score(batch) - reference.score(batch)).abs().max() > 1e-3
+
+
+def moved_reference_is_found(world: World, model: str) -> None:
+    reference = engines_of(model, world).reference
+    last = list(reference.model.parameters())[-1]
+    if world.rank == world.size - 1:
+        shard_of(last).values[-1] += 1e-6
+    with_moved_weight(reference, "has moved")
+
+
+def trainable_reference_is_found(world: World, model: str) -> None:
+    reference = engines_of(model, world).reference
+    next(reference.model.parameters()).requires_grad_(True)
+    with_moved_weight(reference, "not frozen")
+
+
+def aliased_reference_is_found(world: World, model: str) -> None:
+    engines = engines_of(model, world)
+    for mine, theirs in zip(engines.reference.model.parameters(), engines.policy.model.parameters(), strict=True):
+        mine.ds_tensor.data = theirs.ds_tensor.data
+    engines.reference.check()
+    take_step(engines, my_batch(world), pairs=4)
+    with_moved_weight(engines.reference, "has moved")
+
+
+def with_moved_weight(reference: ReferenceEngine, complaint: str) -> None:
+    try:
+        reference.check()
+    except RunError as error:
+        assert complaint in str(error), error
+    else:
+        raise AssertionError("the check did not notice")
+
+
+def first_scores(world: World, model: str, dtype: str) -> None:
+    engines = engines_of(model, world, DTYPES[dtype])
+    batch = my_batch(world)
+    check_heads(engines, some_pairs(1)[0], world=world)
+    assert check_equal_start(engines, batch, world=world, same_source=True)
+    assert torch.equal(engines.policy.score(batch), engines.reference.score(batch))
+
+
+def gate_finds_a_difference(world: World, model: str) -> None:
+    engines = engines_of(model, world)
+    # Dropout that slipped through would do this.
+    engines.reference.model.model.base_model.register_forward_hook(
+        lambda module, inputs, output: setattr(output, "last_hidden_state", output.last_hidden_state * 1.01)
+    )
+    try:
+        check_equal_start(engines, my_batch(world), world=world, same_source=True)
+    except RunError as error:
+        assert "step-0 gate" in str(error)
+    else:
+        raise AssertionError("the gate let it pass")
+
+
+def unknown_head_is_refused(world: World, model: str) -> None:
+    engines = engines_of(model, world)
+    engines.policy.model.model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    try:
+        check_heads(engines, some_pairs(1)[0], world=world)
+    except UserError as error:
+        assert "model.policy" in str(error)
+    else:
+        raise AssertionError("the probe did not notice")
+
+
+def broken_checkpoint_is_refused(world: World, model: str, complaint: str) -> None:
+    try:
+        engines_of(model, world)
+    except UserError as error:
+        assert complaint in str(error), error
+    else:
+        raise AssertionError("a broken checkpoint was loaded")
+
+
+def fingerprints(world: World, model: str, out: str) -> None:
+    loaded = load_sharded(
+        model, ds_config=REFERENCE_CONFIG, dtype=torch.float32, attention="auto", trust_remote_code=False, world=world
+    )
+    value = fingerprint(loaded, world)
+    if world.rank == 0:
+        Path(out).write_text(json.dumps(value))
+
+
+def scores(world: World, model: str, out: str) -> None:
+    engines = engines_of(model, world)
+    check_heads(engines, some_pairs(1)[0], world=world)
+    rows = world.gather(engines.policy.score(my_batch(world)).tolist())
+    norms = take_step(engines, my_batch(world), pairs=4)
+    if world.rank == 0:
+        Path(out).write_text(json.dumps({"scores": rows, "grad_norm": norms}))
+
+
+def exports(world: World, model: str, out: str) -> None:
+    class NoTokenizer:
+        def save(self, folder: Path) -> None:
+            pass
+
+    engines = engines_of(model, world, torch.bfloat16)
+    take_step(engines, my_batch(world), pairs=4, learning_rate=1e-2)
+    export(engines.policy.model.model, NoTokenizer(), Path(out), world=world)  # type: ignore[arg-type]
+    scored = world.gather(engines.policy.score(my_batch(world)).tolist())
+    if world.rank == 0:
+        Path(out, "scores.json").write_text(json.dumps(scored))
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:]
+    world = World.join(Identity.from_environment())
+    globals()[name](world, *arguments)
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

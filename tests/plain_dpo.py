@@ -1,0 +1,60 @@
+"""DPO in plain PyTorch, one process, one response at a time: what the engines are compared with.
+
+It shares no code with the package.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class PlainPair:
+    """Token ids of one pair."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def response_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Sum of the log-probs of a response's tokens behind its prompt."""
+    ids = torch.tensor([prompt + response])
+    logps = torch.log_softmax(model(ids).logits[0].float(), dim=-1)
+    return torch.stack([logps[len(prompt) - 1 + n, token] for n, token in enumerate(response)]).sum()
+
+
+def dpo_losses(
+    model: torch.nn.Module,
+    steps: list[list[PlainPair]],
+    *,
+    beta: float,
+    learning_rate: float,
+    clip: float,
+) -> list[float]:
+    """Trains the model and returns each step's mean loss, before its update."""
+    reference = copy.deepcopy(model).eval()
+    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for pairs in steps:
+        optimizer.zero_grad()
+        total = 0.0
+        for pair in pairs:
+            with torch.no_grad():
+                reference_margin = response_logp(reference, pair.prompt, pair.chosen) - response_logp(
+                    reference, pair.prompt, pair.rejected
+                )
+            policy_margin = response_logp(model, pair.prompt, pair.chosen) - response_logp(
+                model, pair.prompt, pair.rejected
+            )
+            loss = -torch.nn.functional.logsigmoid(beta * (policy_margin - reference_margin)) / len(pairs)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        losses.append(total)
+    assert all(math.isfinite(loss) for loss in losses)
+    return losses
