@@ -1,0 +1,153 @@
+"""Log-probs against a full log-softmax in float64, and against sums done by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_ds.logps import chunked_target_logps, next_token_logps, sum_by_response, target_logps
+
+# Narrow, so that a chunk of two tokens' logits is already as large as the head's weight.
+TOKENS, WIDTH, VOCAB = 13, 2, 50
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that an operator's result has had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def make_head_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
+    return hidden, weight, torch.randint(VOCAB, (TOKENS,), generator=generator)
+
+
+def reference_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden.double() @ weight.double().T
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def test_target_logps_agree_with_log_softmax_in_float64():
+    hidden, weight, targets = make_head_inputs()
+    logits = (hidden @ weight.T).detach()
+    expected = logits.double().log_softmax(-1)[torch.arange(TOKENS), targets]
+    torch.testing.assert_close(target_logps(logits, targets).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_target_logps_of_bfloat16_logits_are_computed_in_float32():
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.tensor([0, 7, 49, 3])
+    logps = target_logps(logits, targets)
+    expected = logits.double().log_softmax(-1)[torch.arange(4), targets]
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_target_logps_take_any_leading_shape():
+    logits = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(6).view(2, 3)
+    flat = target_logps(logits.view(6, VOCAB), targets.view(6))
+    assert torch.equal(target_logps(logits, targets), flat.view(2, 3))
+
+
+def test_target_logps_stay_finite_for_large_logits():
+    logps = target_logps(torch.tensor([[1e4, 0.0, -1e4]]), torch.tensor([2]))
+    assert logps.tolist() == [-2e4]
+
+
+@pytest.mark.parametrize("chunk_tokens", range(1, TOKENS + 2))
+def test_chunks_change_neither_value_nor_gradient(chunk_tokens):
+    hidden, weight, targets = make_head_inputs()
+    upstream = torch.linspace(-1, 1, TOKENS)
+
+    expected = reference_logps(hidden, weight, targets)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream.double())
+    logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=chunk_tokens)
+    grads = torch.autograd.grad(logps, (hidden, weight), upstream)
+
+    # Log-probs are of the order of 5 nats, gradients of the order of 1.
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 13])
+def test_no_more_than_one_chunk_of_logits_exists_forward_or_backward(chunk_tokens):
+    hidden, weight, targets = make_head_inputs()
+    with LargestTensor() as largest:
+        logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=chunk_tokens)
+        logps.sum().backward()
+    assert largest.elements <= max(chunk_tokens * VOCAB, weight.numel())
+
+
+def test_no_logits_are_kept_for_backward():
+    hidden, weight, targets = make_head_inputs()
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=4)
+    assert sum(kept) < 4 * VOCAB
+
+
+def test_without_gradients_the_chunks_are_as_small():
+    hidden, weight, targets = make_head_inputs()
+    with torch.no_grad(), LargestTensor() as largest:
+        logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=9)
+    # 13 tokens are split evenly, 7 and 6, not 9 and 4.
+    assert largest.elements == max(7 * VOCAB, weight.numel())
+    torch.testing.assert_close(logps.double(), reference_logps(hidden, weight, targets).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_next_token_logps_score_each_token_by_the_one_before_it():
+    # A language of three tokens in which only the last token decides: row i is the distribution after token i.
+    probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
+    ids = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]])
+    logps = next_token_logps(probabilities.log()[ids], ids)
+    expected = [[0.7, 0.4, 0.5], [0.25, 0.25, 0.3]]
+    torch.testing.assert_close(logps, torch.tensor(expected).log(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_over_ids_applies_to_next_token_logps_without_its_first_column():
+    probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
+    ids = torch.tensor([[0, 1, 2, 0]])
+    response = torch.tensor([[False, False, True, True]])
+    total = next_token_logps(probabilities.log()[ids], ids)[response[:, 1:]].sum()
+    assert total.item() == pytest.approx(math.log(0.4) + math.log(0.5), abs=1e-6)
+
+
+def test_sum_by_response_adds_each_token_to_its_response():
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    sums = sum_by_response(logps, torch.tensor([2, 0, 2, 0, 3]), responses=4)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [-10.0, 0.0, -5.0, -16.0]
+
+
+def test_sum_by_response_does_not_depend_on_the_order_of_tokens():
+    logps = -torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 12
+    response_of = torch.arange(4096) % 3
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(1))
+    shuffled = sum_by_response(logps[order], response_of[order], responses=3)
+    assert torch.equal(sum_by_response(logps, response_of, responses=3), shuffled)
+
+
+def test_the_gradient_of_a_sum_reaches_every_token_of_its_response():
+    logps = torch.zeros(4, requires_grad=True)
+    sums = sum_by_response(logps, torch.tensor([0, 1, 1, 0]), responses=2)
+    (sums * torch.tensor([3.0, 5.0])).sum().backward()
+    assert logps.grad.tolist() == [3.0, 5.0, 5.0, 3.0]
