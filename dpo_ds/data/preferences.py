@@ -113,7 +113,7 @@ def read_preference(row: Mapping[str, object], *, columns: Mapping[str, str], wh
         return "not text"
     match texts.get("prompt"), texts["chosen"], texts["rejected"]:
         case None, str(chosen), str(rejected):
-            if _LAST_ASSISTANT_TURN not in chosen + rejected:
+            if _LAST_ASSISTANT_TURN not in chosen and _LAST_ASSISTANT_TURN not in rejected:
                 raise _missing("prompt", row, columns, where)
             found = _split_transcripts(chosen, rejected)
         case str(prompt), str(chosen), str(rejected):
@@ -145,7 +145,9 @@ def load_rows(source: Source) -> "Dataset":
     if not path.exists() and (builder or not _HUB_ID.fullmatch(source.path)):
         raise UserError(f"the data file {path} does not exist; name a file, a folder or a hub id in data")
     if path.is_file() and builder is None:
-        raise UserError(f"the data file {path} must be one of {', '.join(_BUILDERS)}; convert it, or rename it if it is")
+        raise UserError(
+            f"the data file {path} must be one of {', '.join(_BUILDERS)}; convert it, or rename it if it is"
+        )
     try:
         with _quiet():
             if path.is_file():
@@ -158,6 +160,8 @@ def load_rows(source: Source) -> "Dataset":
                 rows = load_from_disk(source.path)
             else:
                 rows = load_dataset(source.path, split=source.split)
+        # Bytes that are not UTF-8 would otherwise be noticed in the middle of the rows.
+        rows.data.validate(full=True)
     except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:
         raise UserError(_why_unreadable(source, error)) from error
     if len(rows) == 0:
@@ -188,7 +192,7 @@ def _why_unreadable(source: Source, error: Exception) -> str:
     if path.is_file() and _BUILDERS[path.suffix] == "json" and (fault := _json_fault(path)):
         return f"the data file {source.path} is not valid JSON: {fault}; mend or remove it"
     cause = error.__cause__ or error
-    why = (str(cause).splitlines() or [type(cause).__name__])[0]
+    why = " ".join(str(cause).split())[:300] or type(cause).__name__
     return f"the data set {source.path} (split {source.split!r}) cannot be read: {why}"
 
 
@@ -210,9 +214,9 @@ def _json_fault(path: Path) -> str | None:
 
 def _missing(name: str, row: Mapping[str, object], columns: Mapping[str, str], where: str) -> UserError:
     return UserError(
-        f"{where} has no column {columns.get(name, name)!r}, only {', '.join(row)}; rows need prompt, chosen and rejected "
-        f"(or chosen and rejected as whole conversations): name the column in data, as [{{path: FILE, columns: "
-        f"{{{name}: ITS_NAME}}}}]"
+        f"{where} has no column {columns.get(name, name)!r}, only {', '.join(row)}; a row needs prompt, chosen and "
+        "rejected, or chosen and rejected as whole conversations; columns of other names are given in data.train as "
+        f"[{{path: FILE, columns: {{{name}: ITS_NAME}}}}]"
     )
 
 
@@ -238,12 +242,16 @@ def _message(turn: object) -> Message | None:
 
 
 def _joined(parts: list[object]) -> str | None:
-    """Returns typed content, ``[{"type": "text", "text" or "value": ...}, ...]``, as one string, None if not all text."""
-    texts = [
-        part.get("text") or part.get("value") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        for part in parts
-    ]
-    return "".join(text for text in texts if isinstance(text, str)) if None not in texts else None
+    """Returns typed content, ``[{"type": "text", "text": ...}, ...]``, as one string, None if any part is no text."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            return None
+        text = part["value"] if isinstance(part.get("value"), str) else part.get("text")
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
 
 
 def _split_transcripts(chosen: str, rejected: str) -> Preference | DropReason:

@@ -5,13 +5,14 @@ Written aside and renamed, so a folder of prepared pairs is complete or absent. 
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,8 +23,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dpo_ds.data.preferences import DropReason, load_rows, read_preference
 from dpo_ds.data.preferences import Source as Source
-from dpo_ds.data.preferences import load_rows, read_preference
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
 from dpo_ds.errors import UserError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _FORMAT = 1
-_PAIRS_PER_CHUNK = 1000
+_ROWS_PER_CHUNK = 1000
 _ROWS_WITHOUT_PROGRESS_BAR = 2000
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
@@ -76,11 +77,11 @@ class Manifest:
     sources: list[str]
     tokenizer: str
     max_length: int
-    truncation: str | None
+    truncation: Truncation | None
     rows_read: int
-    pairs: int
-    dropped: dict[str, int]
-    first_dropped: dict[str, str]
+    pairs: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    first_dropped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +166,9 @@ def prepare(
     """
     for source in sources:
         if source.weight not in (None, 1):
-            raise UserError(f"weight of {source.path} must be 1: weighted mixtures are not available, got {source.weight}")
+            raise UserError(
+                f"weight of {source.path} must be 1: weighted mixtures are not available, got {source.weight}"
+            )
     rows = [load_rows(source) for source in sources]
     key = _content_key(sources, rows, tokenizer, max_length, truncation)
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -175,7 +178,13 @@ def prepare(
         with FileLock(lock):
             if not (folder / key).exists():
                 blank = Manifest(
-                    _FORMAT, key, [s.path for s in sources], tokenizer.identity, max_length, truncation, 0, 0, {}, {}
+                    format=_FORMAT,
+                    key=key,
+                    sources=[source.path for source in sources],
+                    tokenizer=tokenizer.identity,
+                    max_length=max_length,
+                    truncation=truncation,
+                    rows_read=sum(map(len, rows)),
                 )
                 _write(sources, rows, tokenizer, blank=blank, max_dropped=max_dropped, folder=folder)
             prepared = open_prepared(folder / key)
@@ -186,6 +195,129 @@ def prepare(
     except BaseException:
         lock.unlink(missing_ok=True)
         for parent in created:
-            if not any(parent.iterdir()):
+            # Not empty, or already gone: another process works in there.
+            with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def open_prepared(path: Path) -> PreparedPairs:
+    """Maps prepared pairs into memory; cheap, so every rank may call it.
+
+    Args:
+        path: the folder that ``prepare`` wrote.
+
+    Raises:
+        UserError: the folder is missing, damaged or of another version.
+    """
+    try:
+        manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
+        table = pa.ipc.open_file(pa.memory_map(str(path / "pairs.arrow"))).read_all()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is no complete folder of prepared pairs; delete it, and it will be written again"
+        ) from error
+    if manifest.format != _FORMAT or len(table) != manifest.pairs:
+        raise UserError(f"the prepared pairs in {path} are of another version; delete the folder")
+    return PreparedPairs(path, manifest, table)
+
+
+def _write(
+    sources: Sequence[Source],
+    rows: Sequence["Dataset"],
+    tokenizer: Tokenizer,
+    *,
+    blank: Manifest,
+    max_dropped: float,
+    folder: Path,
+) -> None:
+    for left_by_a_killed_process in folder.glob(f".{blank.key}-*"):
+        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+    aside, target = folder / f".{blank.key}-{uuid.uuid4().hex}", folder / blank.key
+    aside.mkdir(parents=True)
+    try:
+        outcomes = _outcomes(sources, rows, tokenizer, blank)
+        dropped: Counter[str] = Counter()
+        first_dropped: dict[str, str] = {}
+        pairs = 0
+        with pa.OSFile(str(aside / "pairs.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            while chunk := list(islice(outcomes, _ROWS_PER_CHUNK)):
+                kept = [record for record, _ in chunk if not isinstance(record, str)]
+                writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=_SCHEMA))
+                pairs += len(kept)
+                for reason, where in chunk:
+                    if isinstance(reason, str):
+                        dropped[reason] += 1
+                        first_dropped.setdefault(reason, where)
+        manifest = replace(blank, pairs=pairs, dropped=dict(dropped), first_dropped=first_dropped)
+        _check_dropped(manifest, max_dropped)
+        (aside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        try:
+            aside.rename(target)
+        except OSError:
+            # Where the file system has no locks, another process may have been quicker.
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _outcomes(
+    sources: Sequence[Source], rows: Sequence["Dataset"], tokenizer: Tokenizer, blank: Manifest
+) -> Iterator[tuple[dict[str, object] | DropReason, str]]:
+    """Yields each row's record, or why it has none, and the row's name."""
+    bar = tqdm(
+        total=blank.rows_read, desc="tokenizing", unit="row", disable=blank.rows_read <= _ROWS_WITHOUT_PROGRESS_BAR
+    )
+    with bar:
+        for source_number, source in enumerate(sources):
+            for row_number, row in enumerate(rows[source_number], start=1):
+                where = f"{source.path} row {row_number}"
+                preference = read_preference(row, columns=source.columns, where=where)
+                pair = (
+                    preference
+                    if isinstance(preference, str)
+                    else tokenize_pair(preference, tokenizer, max_length=blank.max_length, truncation=blank.truncation)
+                )
+                place = {"row": row_number, "source": source_number}
+                yield pair if isinstance(pair, str) else {**place, **vars(pair)}, where
+                bar.update()
+
+
+def _content_key(
+    sources: Sequence[Source],
+    rows: Sequence["Dataset"],
+    tokenizer: Tokenizer,
+    max_length: int,
+    truncation: Truncation | None,
+) -> str:
+    settings = [[sorted(source.columns.items()) for source in sources], tokenizer.identity, max_length, truncation]
+    digest = hashlib.blake2b(json.dumps([_FORMAT, settings]).encode(), digest_size=16)
+    for source_rows in rows:
+        # The rows, not the file: equal content has one key wherever it lies, on the hub too.
+        digest.update(f"{len(source_rows)} {source_rows.features}".encode())
+        for table in source_rows.with_format("arrow").iter(batch_size=_ROWS_PER_CHUNK):
+            for batch in table.combine_chunks().to_batches():
+                digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def _check_dropped(manifest: Manifest, max_dropped: float) -> None:
+    dropped = sum(manifest.dropped.values())
+    if manifest.pairs and dropped <= max_dropped * manifest.rows_read:
+        return
+    reasons = ", ".join(
+        f"{reason} {count} (first: {manifest.first_dropped[reason]})"
+        for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
+    )
+    remedies = ["mend them"]
+    if "not text" in manifest.dropped:
+        remedies[0] += " (text is a string, or a list of {role, content} whose last turn is the assistant's)"
+    if "too long" in manifest.dropped:
+        remedies += [f"raise data.max_length ({manifest.max_length})", "set data.truncation"]
+    if manifest.pairs:
+        remedies.append("or raise data.max_dropped")
+    raise UserError(
+        f"{dropped} of {manifest.rows_read} rows of {', '.join(manifest.sources)} cannot be used: {reasons}; "
+        f"data.max_dropped allows a share of {max_dropped:g}: {', '.join(remedies)}"
+    )

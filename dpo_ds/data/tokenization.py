@@ -141,8 +141,8 @@ def _render(
     """Returns the prompt's text and what each response adds to it, None where the template refuses the conversation."""
     if not tokenizer.has_chat_template:
         raise UserError(
-            f"the data holds message lists and the tokenizer {tokenizer.name} has no chat template; name one that has in "
-            "model.tokenizer, or write prompt, chosen and rejected as plain strings"
+            f"the data holds messages and the tokenizer {tokenizer.name} has no chat template; set model.tokenizer "
+            "to one that has, or write prompt, chosen and rejected as plain strings"
         )
     start = tokenizer.render_chat(prompt, add_generation_prompt=True)
     wholes = [tokenizer.render_chat([*prompt, *response], add_generation_prompt=False) for response in responses]
@@ -160,7 +160,7 @@ def _render(
 def _how_it_rewrites(start: str, whole: str, tokenizer: Tokenizer) -> str:
     same = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), min(len(start), len(whole)))
     return (
-        f"the chat template of {tokenizer.name} writes a prompt otherwise once its response follows: after {same} characters "
+        f"the chat template of {tokenizer.name} rewrites a prompt once its response follows: after {same} characters "
         f"{start[same : same + 40]!r} becomes {whole[same : same + 40]!r}; use a template that only appends to earlier "
         "turns, or write prompt, chosen and rejected as plain strings"
     )
@@ -183,7 +183,9 @@ def _cut_prompt(pair: TokenizedPair, max_length: int, bos_id: int | None) -> Tok
     # Models are trained with their BOS first, so without it every log-prob of the pair would be off.
     kept = pair.prompt_ids[:1] if pair.prompt_ids[0] == bos_id else ()
     room = max_length - max(len(pair.chosen_ids), len(pair.rejected_ids)) - len(kept)
-    return TokenizedPair.of(kept + pair.prompt_ids[-room:], pair.chosen_ids, pair.rejected_ids) if room > 0 else "too long"
+    return (
+        TokenizedPair.of(kept + pair.prompt_ids[-room:], pair.chosen_ids, pair.rejected_ids) if room > 0 else "too long"
+    )
 
 
 def _cut_responses(pair: TokenizedPair, max_length: int) -> TokenizedPair | DropReason:

@@ -60,7 +60,8 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, name: str) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer {name} has no EOS token, so no response could end; set eos_token in its tokenizer_config.json"
+                f"the tokenizer {name} has no EOS token, so no response could end; set eos_token in its "
+                "tokenizer_config.json"
             )
         self._tokenizer = tokenizer
         self.name = name
@@ -68,9 +69,10 @@ class HuggingFaceTokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.has_chat_template = bool(tokenizer.chat_template)
-        self._appends_eos = self._encode("a", special=True)[-1] == self.eos_id
-        # After the first encoding, which resets the truncation and padding that a tokenizer.json may hold.
-        self.identity = _identity(tokenizer)
+        specimen = self._encode("a", special=True)
+        self._appends_eos = specimen[-1:] == [self.eos_id]
+        # Only now: the first encoding resets the truncation and padding that a tokenizer.json may hold.
+        self.identity = _identity(tokenizer, specimen)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a plain prompt with the tokenizer's own special tokens, less an EOS that it appends."""
@@ -107,8 +109,8 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """A raw SentencePiece model; attributes and methods as ``Tokenizer`` says.
 
-    A prompt begins with the model's BOS if it defines one, as the Llama and Mistral tokenizers have it. There is no chat
-    template.
+    A prompt begins with the model's BOS if it defines one, as Llama's and Mistral's tokenizers have it. There is no
+    chat template.
 
     Args:
         file: the ``.model`` file.
@@ -164,15 +166,12 @@ def _open(path: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
         ) from error
 
 
-def _identity(tokenizer: Any) -> str:
-    behaviour = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__qualname__
-    parts = [
-        behaviour,
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.chat_template,
-    ]
+def _identity(tokenizer: Any, specimen: list[int]) -> str:
+    if tokenizer.is_fast:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+    parts = [rules, specimen, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,0 +1,244 @@
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_ds.data.prepare import Source, open_prepared, prepare
+from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.errors import UserError
+from dpo_ds.models.tokenizer import load_tokenizer
+from tests.data.small_tokenizer import small_tokenizer
+
+# With an EOS of one token and no merges, tokens are characters: 2 + 3 and 2 + 4 for the first row.
+ROWS = [
+    {"prompt": "pq", "chosen": "xy", "rejected": "xyz"},
+    {"prompt": "pq", "chosen": "xy", "rejected": "xy"},
+    {"prompt": "pqr", "chosen": "x", "rejected": "y"},
+    {"prompt": "pq", "chosen": "", "rejected": "xy"},
+    {"prompt": "pqrstuvw", "chosen": "x", "rejected": "y"},
+    {"prompt": "pq", "chosen": "xy", "rejected": 1},
+]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(path))
+
+
+def run(sources, tokenizer, folder, *, max_length=9, truncation=None, max_dropped=1.0):
+    return prepare(
+        sources, tokenizer, max_length=max_length, truncation=truncation, max_dropped=max_dropped, folder=folder
+    )
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return small_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_every_row_becomes_a_pair_or_is_counted_by_its_reason(tokenizer, source, tmp_path):
+    prepared = run([source], tokenizer, tmp_path / "data")
+    assert prepared.rows_read == len(ROWS) == len(prepared) + sum(prepared.dropped.values())
+    assert prepared.dropped == {"identical responses": 1, "empty response": 1, "too long": 1, "not text": 1}
+    assert prepared.manifest.first_dropped["too long"] == f"{source.path} row 5"
+    assert prepared.table["row"].to_pylist() == [1, 3]
+    encode, end = tokenizer.encode, [tokenizer.eos_id]
+    assert [prepared.pair(0), prepared.pair(1)] == [
+        TokenizedPair.of(encode("pq"), encode("xy") + end, encode("xyz") + end),
+        TokenizedPair.of(encode("pqr"), encode("x") + end, encode("y") + end),
+    ]
+
+
+def test_lengths_are_tokens_with_eos(tokenizer, source, tmp_path):
+    prepared = run([source], tokenizer, tmp_path / "data")
+    assert [part.tolist() for part in prepared.lengths] == [[2, 3], [3, 2], [4, 2]]
+    assert prepared.row_lengths.tolist() == [6, 5]
+    assert prepared.row_lengths.dtype == np.int64
+
+
+def test_several_sources_follow_each_other_and_are_told_apart(tokenizer, tmp_path):
+    first, second = write(tmp_path / "a.jsonl", ROWS[:1]), write(tmp_path / "b.jsonl", ROWS[2:3])
+    prepared = run([first, second], tokenizer, tmp_path / "data")
+    assert prepared.table["source"].to_pylist() == [0, 1]
+    assert prepared.manifest.sources == [first.path, second.path]
+
+
+def test_what_was_prepared_is_opened_again_and_not_written_again(tokenizer, source, tmp_path):
+    prepared = run([source], tokenizer, tmp_path / "data")
+    before = (prepared.path / "pairs.arrow").stat().st_mtime_ns
+    again = run([source], tokenizer, tmp_path / "data")
+    assert (again.path, again.key) == (prepared.path, prepared.path.name)
+    assert (again.path / "pairs.arrow").stat().st_mtime_ns == before
+    assert files(tmp_path / "data") == {again.key, f"{again.key}/pairs.arrow", f"{again.key}/manifest.json"}
+    assert open_prepared(prepared.path).pair(1) == prepared.pair(1)
+
+
+def test_the_key_follows_content_columns_tokenizer_and_settings_but_not_the_place(tokenizer, source, tmp_path):
+    folder = tmp_path / "data"
+    copy = write(tmp_path / "elsewhere" / "copy.jsonl", ROWS)
+    assert run([source], tokenizer, folder).key == run([copy], tokenizer, folder).key
+    swapped = Source(source.path, columns={"chosen": "rejected", "rejected": "chosen"})
+    other = small_tokenizer(tmp_path / "other", bos="<bos>")
+    changed = write(tmp_path / "changed.jsonl", [*ROWS[:-1], {"prompt": "pq", "chosen": "xy", "rejected": 2}])
+    keys = [
+        run([source], tokenizer, folder).key,
+        run([changed], tokenizer, folder).key,
+        run([swapped], tokenizer, folder).key,
+        run([source], other, folder).key,
+        run([source], tokenizer, folder, max_length=10).key,
+        run([source], tokenizer, folder, truncation="prompt_start").key,
+        run([source, source], tokenizer, folder).key,
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_file_that_changed_is_read_again(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert len(run([write(path, ROWS[:1])], tokenizer, tmp_path / "data")) == 1
+    assert len(run([write(path, ROWS[:3])], tokenizer, tmp_path / "data")) == 2
+
+
+def test_too_many_dropped_rows_are_refused_with_counts_and_remedy(tokenizer, source, tmp_path):
+    message = (
+        r"4 of 6 rows of .*rows.jsonl cannot be used: .*too long 1 \(first: .*row 5\).*data.max_dropped allows a share "
+        r"of 0.5.*raise data.max_length \(9\), set data.truncation, or raise data.max_dropped"
+    )
+    with pytest.raises(UserError, match=message):
+        run([source], tokenizer, tmp_path / "runs" / "data", max_dropped=0.5)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_bound_on_dropped_rows_is_inclusive_and_holds_for_prepared_data_too(tokenizer, source, tmp_path):
+    run([source], tokenizer, tmp_path / "data", max_dropped=4 / 6)
+    with pytest.raises(UserError, match="4 of 6 rows"):
+        run([source], tokenizer, tmp_path / "data", max_dropped=0.6)
+    assert len(run([source], tokenizer, tmp_path / "data")) == 2
+
+
+def test_data_without_any_usable_row_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"1 of 1 rows .* cannot be used: identical responses 1"):
+        run([write(tmp_path / "rows.jsonl", ROWS[1:2])], tokenizer, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "message"),
+    [
+        ([ROWS[0], {"prompt": "pq", "bad": "x"}], None, "1 of 2 rows .*not text 1.*text is a string, or a list"),
+        ([{"prompt": "pq", "chosen": "x"}], None, "row 1 has no column 'rejected'"),
+        (ROWS, 0.5, "weight of .*rows.jsonl must be 1"),
+    ],
+)
+def test_a_failure_leaves_nothing_behind_but_what_was_there(tokenizer, tmp_path, rows, weight, message):
+    path = write(tmp_path / "rows.jsonl", rows).path
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").touch()
+    with pytest.raises(UserError, match=message):
+        run([Source(path, weight=weight)], tokenizer, tmp_path / "data", max_dropped=0.0)
+    assert files(tmp_path / "data") == {"mine"}
+
+
+def test_what_a_killed_process_left_is_cleared_away(tokenizer, source, tmp_path):
+    folder = tmp_path / "data"
+    key = run([source], tokenizer, folder).key
+    shutil.rmtree(folder / key)
+    (folder / f".{key}-0123").mkdir()
+    (folder / f".{key}-0123" / "pairs.arrow").write_bytes(b"half")
+    (folder / f".{key}.lock").touch()
+    assert len(run([source], tokenizer, folder)) == 2
+    assert files(folder) == {key, f"{key}/pairs.arrow", f"{key}/manifest.json"}
+
+
+def _prepare_there(tokenizer: str, path: str, folder: str, barrier, results) -> None:
+    loaded = load_tokenizer(tokenizer)
+    barrier.wait()
+    results.put(run([Source(path)], loaded, Path(folder)).key)
+
+
+def test_processes_that_prepare_at_once_share_one_result(tokenizer, source, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(2), spawn.Queue()
+    arguments = (tokenizer.name, source.path, str(tmp_path / "data"), barrier, results)
+    processes = [spawn.Process(target=_prepare_there, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    keys = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert keys[0] == keys[1]
+    assert files(tmp_path / "data") == {keys[0], f"{keys[0]}/pairs.arrow", f"{keys[0]}/manifest.json"}
+
+
+def test_progress_is_shown_for_many_rows_only(tokenizer, tmp_path, capfd):
+    many = [{"prompt": "p", "chosen": "x", "rejected": "y"}] * 2001
+    capfd.readouterr()
+    run([write(tmp_path / "few.jsonl", many[:2000])], tokenizer, tmp_path / "data")
+    assert capfd.readouterr() == ("", "")
+    assert len(run([write(tmp_path / "many.jsonl", many)], tokenizer, tmp_path / "data")) == 2001
+    output = capfd.readouterr()
+    assert "tokenizing: 100%" in output.err
+    assert output.out == ""
+
+
+def test_a_damaged_folder_is_refused(tokenizer, source, tmp_path):
+    path = run([source], tokenizer, tmp_path / "data").path
+    (path / "pairs.arrow").write_bytes((path / "pairs.arrow").read_bytes()[:200])
+    with pytest.raises(UserError, match="no complete folder of prepared pairs; delete it"):
+        open_prepared(path)
+    with pytest.raises(UserError, match="no complete folder of prepared pairs"):
+        open_prepared(tmp_path / "nowhere")
+
+
+def test_prepared_pairs_of_another_format_are_refused(tokenizer, source, tmp_path):
+    path = run([source], tokenizer, tmp_path / "data").path
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 0}))
+    with pytest.raises(UserError, match="of another version; delete the folder"):
+        open_prepared(path)
+
+
+def test_real_rows_that_fit_are_counted_as_sentencepiece_itself_counts(material, tmp_path):
+    import sentencepiece
+
+    path = material / "prefs" / "pandalm_dpo.jsonl"
+    model = material / "models" / "stories260K-hf"
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model")).encode
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    longest = [len(pieces(r["prompt"])) + max(len(pieces(r["chosen"])), len(pieces(r["rejected"]))) for r in rows]
+    # Of 836 rows 700 fit as bare text, 695 with BOS and EOS.
+    fitting = [length + 2 for length in longest if length + 2 <= 512]
+    assert (sum(length <= 512 for length in longest), len(fitting)) == (700, 695)
+    prepared = run([Source(str(path))], load_tokenizer(str(model)), tmp_path / "data", max_length=512, max_dropped=0.2)
+    assert prepared.row_lengths.tolist() == fitting
+    assert prepared.dropped == {"too long": 141}
+
+
+def test_real_conversations_are_prepared(material, tmp_path):
+    tokenizer = load_tokenizer(str(material / "tokenizers" / "minimind-6400"))
+    prepared = run(
+        [
+            Source(str(material / "prefs" / "llmbar_natural_conversational.jsonl")),
+            Source(
+                str(material / "prefs" / "llamafactory_v1_dpo_demo.jsonl"),
+                columns={"chosen": "chosen_messages", "rejected": "rejected_messages"},
+            ),
+        ],
+        tokenizer,
+        tmp_path / "data",
+        max_length=2048,
+    )
+    assert (len(prepared), prepared.dropped) == (110, {})
