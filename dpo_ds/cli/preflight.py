@@ -1,17 +1,17 @@
 """Everything that can be checked before an engine exists: in seconds, in one process, with one clear line."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from dpo_ds.config import DataSource, Run, resolve_path
+from dpo_ds.config import DataSource, Run, RunConfig, resolve_path, settle
 from dpo_ds.data.prepare import PreparedPairs, Source, prepare
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import Tokenizer
-from dpo_ds.engine.ds_config import check_cpu_collective, policy_ds_config, reference_ds_config
+from dpo_ds.engine.cpu_collective import check_cpu_collective
+from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
 from dpo_ds.errors import UserError
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -22,6 +22,7 @@ class Inputs:
     """What a run needs, found and checked.
 
     Attributes:
+        config: the run's config, with what its ds_configs say.
         policy: folder or hub id of the model that trains.
         reference: folder or hub id of the frozen model, None for reference-free losses.
         tokenizer: folder, file or hub id.
@@ -29,8 +30,10 @@ class Inputs:
         reference_config: the reference's, None without one.
         train: folder of the prepared training pairs.
         evaluation: folder of the prepared held-out pairs, or None.
+        plan: what will happen, for a person to read.
     """
 
+    config: RunConfig
     policy: str
     reference: str | None
     tokenizer: str
@@ -38,3 +41,161 @@ class Inputs:
     reference_config: dict[str, Any] | None
     train: Path
     evaluation: Path | None
+    plan: str
+
+
+def preflight(run: Run, *, ranks: int) -> Inputs:
+    """Checks a run and prepares its data.
+
+    Args:
+        run: the parsed command line.
+        ranks: of the whole job.
+
+    Raises:
+        UserError: the run cannot work; nothing that this call wrote is left.
+    """
+    folder = Path(run.config.output_dir)
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"output_dir {folder} already holds a run (metrics.jsonl); name another folder or remove it")
+    existed = folder.exists()
+    try:
+        return _checked(run, folder, ranks)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
+    check_cpu_collective()
+    run, policy_config, reference_config = _deepspeed_configs(run)
+    config = run.config
+
+    def found(value: str, key: str) -> str:
+        return resolve_path(value, key=key, run_file=run.file, hub=True)
+
+    policy = found(config.model.policy, "model.policy")
+    reference = None
+    if config.reference.mode == "engine":
+        reference = found(config.model.reference, "model.reference") if config.model.reference else policy
+    tokenizer_path = found(config.model.tokenizer, "model.tokenizer") if config.model.tokenizer else policy
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+    _check_models(config, policy, reference, tokenizer)
+
+    def prepared(sources: Sequence[DataSource], key: str) -> PreparedPairs:
+        return prepare(
+            [Source(found(s.path, key), s.split or "train", s.columns, s.weight) for s in sources],
+            tokenizer,
+            max_length=config.data.max_length,
+            truncation=config.data.truncation,
+            max_dropped=config.data.max_dropped,
+            folder=folder / "data",
+        )
+
+    train = prepared(config.data.train, "data.train")
+    evaluation = prepared(config.data.eval, "data.eval") if config.data.eval else None
+    _check_sizes(config, train, evaluation)
+    return Inputs(
+        config=config,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer_path,
+        policy_config=policy_config,
+        reference_config=reference_config,
+        train=train.path,
+        evaluation=evaluation.path if evaluation else None,
+        plan=_plan(config, policy, reference, train, evaluation, ranks),
+    )
+
+
+def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any] | None]:
+    def found(value: str, role: str) -> str:
+        return resolve_path(value, key=f"deepspeed.{role}", run_file=run.file)
+
+    policy = found(run.config.deepspeed.policy, "policy")
+    run = settle(run, stated_values(policy), source=policy)
+    dtype, clipping = run.config.model.dtype, run.config.train.gradient_clipping
+    policy_config = policy_ds_config(policy, dtype=dtype, gradient_clipping=clipping)
+    if run.config.reference.mode == "none":
+        return run, policy_config, None
+    reference = found(run.config.deepspeed.reference, "reference")
+    return run, policy_config, reference_ds_config(reference, dtype=dtype)
+
+
+def _check_models(config: RunConfig, policy: str, reference: str | None, tokenizer: Tokenizer) -> None:
+    trust = config.model.trust_remote_code
+    policy_config = load_model_config(policy, trust_remote_code=trust)
+    rows = vocabulary_size(policy_config)
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} knows {tokenizer.vocab_size} tokens, but the embedding of model.policy "
+            f"{policy} has {rows} rows; name the model's own tokenizer, or resize the embedding and save the model"
+        )
+    models = {"model.policy": policy_config}
+    if reference not in (None, policy):
+        models["model.reference"] = load_model_config(str(reference), trust_remote_code=trust)
+        others = vocabulary_size(models["model.reference"])
+        if others != rows:
+            raise UserError(
+                f"model.reference {reference} has a vocabulary of {others}, model.policy {policy} one of {rows}; "
+                "log-probs of the same tokens need the same vocabulary"
+            )
+    for key, model_config in models.items():
+        positions = longest_sequence(model_config)
+        if positions is not None and config.data.max_length > positions:
+            raise UserError(
+                f"data.max_length must be <= {positions}, the positions of {key}, got {config.data.max_length}"
+            )
+
+
+def _check_sizes(config: RunConfig, train: PreparedPairs, evaluation: PreparedPairs | None) -> None:
+    wanted = config.train.pairs_per_step
+    if len(train) < wanted:
+        raise UserError(
+            f"train.pairs_per_step is {wanted}, but data.train has only {len(train)} usable pairs; "
+            "lower train.pairs_per_step or give more data"
+        )
+    longest = max(int(pairs.row_lengths.max()) for pairs in (train, evaluation) if pairs is not None)
+    budget = config.train.tokens_per_micro_batch
+    if 2 * longest > budget:
+        raise UserError(
+            f"train.tokens_per_micro_batch must be >= {2 * longest}, the two rows of the longest pair, got {budget}; "
+            "raise it, or lower data.max_length"
+        )
+
+
+def _plan(
+    config: RunConfig,
+    policy: str,
+    reference: str | None,
+    train: PreparedPairs,
+    evaluation: PreparedPairs | None,
+    ranks: int,
+) -> str:
+    settings = config.train
+    schedule = Schedule.of_run(
+        pairs=len(train),
+        pairs_per_step=settings.pairs_per_step,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        shuffle=config.data.shuffle,
+    )
+    lengths = train.lengths
+    rows = {
+        "policy": f"{policy} in {config.model.dtype}",
+        "reference": f"{reference}, live and frozen" if reference else "none",
+        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
+        "pairs": f"{_usable(train)} to train on" + (f", {_usable(evaluation)} held out" if evaluation else ""),
+        "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "
+        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {train.row_lengths.max()}",
+        "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
+        f"learning rate {settings.learning_rate:g} ({settings.schedule})",
+        "output": config.output_dir,
+    }
+    return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def _usable(pairs: PreparedPairs) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in pairs.dropped.items())
+    return f"{len(pairs)}" + (f" ({dropped} dropped)" if dropped else "")

@@ -31,6 +31,7 @@ def initialize(
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     trust_remote_code: bool = False,
+    activation_checkpointing: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -49,6 +50,8 @@ def initialize(
         dtype: of both models' weights; the policy's masters are float32.
         attention: ``auto``, or the name of an attention that transformers knows.
         trust_remote_code: whether code that comes with the weights may run.
+        activation_checkpointing: whether the policy keeps each layer's input only, and computes the rest again in
+            backward.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: AdamW's decoupled decay of matrices.
@@ -69,8 +72,11 @@ def initialize(
             )
         )
 
+    policy_scorer = scorer(policy, policy_config)
+    if activation_checkpointing:
+        policy_scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy_engine = PolicyEngine(
-        scorer(policy, policy_config),
+        policy_scorer,
         ds_config=policy_config,
         world=world,
         betas=betas,

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.shards import INDEX, difference_from_files
@@ -16,7 +16,9 @@ from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 
 
-def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, world: World) -> None:
+def export(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, config: PretrainedConfig, world: World
+) -> None:
     """Writes weights, config, generation config and tokenizer; collective.
 
     Rank 0 writes aside, holding one file's weights at a time; the folder appears when every rank has found its own live
@@ -26,6 +28,7 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, world:
         model: a ZeRO-3 model.
         tokenizer: the run's.
         folder: where the model goes; an older export there is replaced.
+        config: what the model was loaded with; the live one has its dropout off.
         world: the ranks.
 
     Raises:
@@ -35,7 +38,8 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, world:
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        model.config.save_pretrained(aside)
+        config.dtype = model.dtype
+        config.save_pretrained(aside)
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
         tokenizer.save(aside)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
-from dpo_ds.engine.shards import fingerprint
+from dpo_ds.engine.shards import ZeroParameter, fingerprint
 from dpo_ds.engine.world import World
 from dpo_ds.models.scorer import Scorer
 
@@ -37,7 +37,7 @@ class PolicyEngine:
             weight_decay: decoupled decay of matrices; vectors (biases, norms) do not decay.
         """
         deepspeed.zero.register_external_parameter(scorer, scorer.head.weight)
-        parameters = list(scorer.parameters())
+        parameters: list[ZeroParameter] = list(scorer.parameters())
         groups = [
             {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
@@ -58,11 +58,13 @@ class PolicyEngine:
     @property
     def model(self) -> Scorer:
         """The scorer inside the engine."""
-        return self.engine.module
+        scorer: Scorer = self.engine.module
+        return scorer
 
     def score(self, batch: PairBatch) -> Tensor:
         """Returns ``(2, pairs)``: summed log-probs of the chosen and of the rejected responses."""
-        return self.engine(batch)
+        logps: Tensor = self.engine(batch)
+        return logps
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradients to the step's.
@@ -87,9 +89,10 @@ class PolicyEngine:
     def parameter_counts(self) -> tuple[int, int]:
         """Returns how many parameters multiply every token, and how many the head has."""
         model = self.model.model
-        lookups = {id(model.get_input_embeddings().weight), id(self.model.head.weight)}
-        backbone = sum(int(p.ds_numel) for p in model.parameters() if id(p) not in lookups)
-        return backbone, int(self.model.head.weight.ds_numel)
+        head: ZeroParameter = self.model.head.weight
+        parameters: list[ZeroParameter] = list(model.parameters())
+        lookups = {id(model.get_input_embeddings().weight), id(head)}
+        return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel
 
     def fingerprint(self) -> str:
         """Returns the digest of the weights as they are now."""
@@ -101,5 +104,8 @@ def _adamw(
 ) -> torch.optim.Optimizer:
     if offloads:
         # Updates masters and states where they are kept, in host memory.
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=eps, adamw_mode=True)
+        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
+            groups, lr=0.0, betas=betas, eps=eps, adamw_mode=True
+        )
+        return optimizer
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))

@@ -35,12 +35,14 @@ class ReferenceEngine:
     @property
     def model(self) -> Scorer:
         """The scorer inside the engine."""
-        return self.engine.module
+        scorer: Scorer = self.engine.module
+        return scorer
 
     @torch.no_grad()
     def score(self, batch: PairBatch) -> Tensor:
         """Returns ``(2, pairs)``: summed log-probs of the chosen and of the rejected responses."""
-        return self.engine(batch)
+        logps: Tensor = self.engine(batch)
+        return logps
 
     def check(self) -> None:
         """Proves that the reference is still what it was.

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,11 @@ class Shard:
     start: int
 
 
-def shard_of(parameter: nn.Parameter) -> Shard:
+# DeepSpeed adds attributes to torch's Parameter: ds_tensor (the shard), ds_numel and ds_shape (of the whole).
+ZeroParameter: TypeAlias = Any
+
+
+def shard_of(parameter: ZeroParameter) -> Shard:
     """Returns this rank's part of a ZeRO-3 parameter, without the padding behind its end."""
     size = parameter.ds_tensor.ds_numel
     start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
@@ -112,6 +117,15 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
     files = _tensor_files(path)
     if files is None:
         return f"{path} has no safetensors weights to verify the loaded ones against; convert it with save_pretrained"
+    # transformers does not report these under ZeRO-3. A tied head may be stored beside its embedding.
+    known = set(model.state_dict()) | {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for name in sorted(files.keys() - known):
+        if not any(re.search(pattern, name) for pattern in ignored):
+            return (
+                f"{path} holds a tensor {name} that the model has no place for; name a checkpoint of this architecture"
+            )
+    parameter: ZeroParameter
     for name, parameter in model.named_parameters():
         # Some old checkpoints leave the backbone's own prefix out of their names.
         stored = name if name in files else name.removeprefix(f"{model.base_model_prefix}.")

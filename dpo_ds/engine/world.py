@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from dpo_ds.engine.cpu_collective import expose_ninja
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.identity import Identity
 
@@ -40,15 +42,20 @@ class World:
         """
         if identity.size == 1:
             _be_the_only_rank()
+        expose_ninja()
+        # Two libraries' words about each other, on every rank, in the middle of the progress bar.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         accelerator = get_accelerator()
         if accelerator.device_name() == "cpu":
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.local_size))
         else:
             accelerator.set_device(identity.local_rank)
-        store, rank, size = next(
-            dist.rendezvous("env://", identity.rank, identity.size, timeout=RENDEZVOUS_TIMEOUT)  # type: ignore[no-untyped-call]
+        # The rendezvous waits longer than a collective may: one rank of each node checks and tokenizes first.
+        rendezvous = dist.distributed_c10d.rendezvous(
+            "env://", identity.rank, identity.size, timeout=RENDEZVOUS_TIMEOUT
         )
+        store, rank, size = next(iter(rendezvous))
         dist.init_process_group(
             accelerator.communication_backend_name(),
             store=store,

@@ -85,8 +85,8 @@ class Head:
         softcap: bound of ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     scale: float
     softcap: float | None
 

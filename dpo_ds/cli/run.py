@@ -1,0 +1,118 @@
+"""Composes the rooms of one training run, once, on every rank."""
+
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dpo_ds.cli.preflight import Inputs
+from dpo_ds.config import dump_yaml
+from dpo_ds.data.batch import padded_batch
+from dpo_ds.data.prepare import PreparedPairs, open_prepared
+from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine.export import export
+from dpo_ds.gate import check_equal_start, check_heads
+from dpo_ds.launcher.identity import Identity
+from dpo_ds.models.causal_lm import load_model_config
+from dpo_ds.models.tokenizer import load_tokenizer
+from dpo_ds.report import plot_curves
+from dpo_ds.throughput import matmul_flops
+from dpo_ds.tracking import Tracker, open_tracker, versions, write_summary
+from dpo_ds.trainer import Trained, Trainer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def train(found: Inputs | None, identity: Identity) -> None:
+    """Builds the engines, trains, evaluates, exports and sums up; collective.
+
+    Args:
+        found: what preflight found, on the rank that speaks for its node; None on the others.
+        identity: who this process is.
+
+    Raises:
+        UserError: a checkpoint cannot be used.
+        RunError: the run cannot be right.
+    """
+    world = World.join(identity)
+    inputs: Inputs = world.broadcast(found)
+    config, folder = inputs.config, Path(inputs.config.output_dir)
+    dtype = _DTYPES[config.model.dtype]
+    engines = initialize(
+        inputs.policy,
+        world=world,
+        policy_config=inputs.policy_config,
+        reference=inputs.reference,
+        reference_config=inputs.reference_config,
+        dtype=dtype,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+        activation_checkpointing=config.train.activation_checkpointing == "full",
+        betas=config.train.betas,
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
+    )
+    pairs = open_prepared(inputs.train)
+    _pass_the_gate(engines, pairs, inputs, world)
+    speed = float(world.sum(torch.tensor(matmul_flops(world.device, dtype), device=world.device)))
+    tracker = _tracker(inputs, world)
+    trainer = Trainer(
+        engines,
+        config,
+        train=pairs,
+        evaluation=open_prepared(inputs.evaluation) if inputs.evaluation else None,
+        world=world,
+        tracker=tracker,
+        matmul_flops=speed,
+    )
+    trained = trainer.run()
+    export(
+        engines.policy.model.model,
+        load_tokenizer(inputs.tokenizer, trust_remote_code=config.model.trust_remote_code),
+        folder / "export",
+        config=load_model_config(inputs.policy, trust_remote_code=config.model.trust_remote_code),
+        world=world,
+    )
+    summary = _summary(trained, world)
+    if world.rank == 0:
+        tracker.finish(summary)
+        write_summary(folder, summary)
+        plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+        print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
+    world.leave()
+
+
+def _pass_the_gate(engines: Engines, pairs: PreparedPairs, inputs: Inputs, world: World) -> None:
+    check_heads(engines, pairs.pair(0), world=world)
+    # Each rank takes another pair, and goes round where there are fewer pairs than ranks.
+    batch = padded_batch([pairs.pair(world.rank % len(pairs))]).to(world.device)
+    same_source = inputs.reference == inputs.policy
+    if check_equal_start(engines, batch, world=world, same_source=same_source) and world.rank == 0:
+        print("step-0 gate: policy and reference have equal weights and score alike")
+
+
+def _tracker(inputs: Inputs, world: World) -> Tracker:
+    if world.rank != 0:
+        return Tracker()
+    config, folder = inputs.config, Path(inputs.config.output_dir)
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    return open_tracker(folder, wandb=config.tracking.wandb, project=config.tracking.project, config=asdict(config))
+
+
+def _summary(trained: Trained, world: World) -> dict[str, object]:
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return {
+        "status": "complete",
+        "steps": trained.steps,
+        "pairs": trained.pairs,
+        "tokens": trained.tokens,
+        "train_seconds": trained.train_seconds,
+        "pairs_per_second": trained.pairs / trained.train_seconds,
+        "peak_host_bytes_per_rank": peaks,
+        "world_size": world.size,
+        "versions": versions(),
+    }

@@ -1,0 +1,48 @@
+"""``launch/train.py``: from argv to a trained and exported model."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dpo_ds.config import parse_run
+from dpo_ds.errors import RunError, UserError
+from dpo_ds.launcher.identity import Identity
+
+_GRACE_S = 30
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one rank of a training run.
+
+    Exits with 0 when done, 2 when the user's config or data is wrong, 1 when the run cannot be right.
+
+    Args:
+        argv: the arguments behind the script's name; None takes the process's.
+    """
+    identity = Identity.from_environment()
+    try:
+        run = parse_run(sys.argv[1:] if argv is None else argv)
+        os.environ.update(run.config.env)
+        # Only now, so that --help and a mistyped key are answered at once.
+        from dpo_ds.cli.preflight import preflight
+        from dpo_ds.cli.run import train
+
+        # One rank of a node checks and prepares; the others wait for it in the rendezvous.
+        inputs = preflight(run, ranks=identity.size) if identity.speaks_for_node else None
+        if inputs is not None and identity.rank == 0:
+            print(inputs.plan, flush=True)
+        if not run.dry_run:
+            train(inputs, identity)
+    except (UserError, RunError) as error:
+        _leave(identity, error)
+
+
+def _leave(identity: Identity, error: UserError | RunError) -> NoReturn:
+    if not identity.speaks_for_node:
+        # The rank that speaks meets the same error, and its exit makes the launcher end this one. To leave first would
+        # make the launcher end that one instead, perhaps before it has spoken.
+        time.sleep(_GRACE_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, UserError) else 1)

@@ -1,0 +1,39 @@
+"""The run file: its keys, their checks, where its paths lead, and how the command line changes them.
+
+A leaf: neither torch nor transformers may enter, so that ``--help`` and a mistyped key are answered at once.
+"""
+
+from dpo_ds.config.parse import Run, dump_yaml, parse_run, settle
+from dpo_ds.config.paths import resolve_path
+from dpo_ds.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    DeepSpeedConfig,
+    LossConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+    check,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "DeepSpeedConfig",
+    "LossConfig",
+    "ModelConfig",
+    "ReferenceConfig",
+    "Run",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "check",
+    "dump_yaml",
+    "parse_run",
+    "resolve_path",
+    "settle",
+]

@@ -1,0 +1,235 @@
+"""The run file's keys with their types, defaults and ranges. Reads no file and no argv."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from operator import attrgetter
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from dpo_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+def _key(default: T, text: str) -> T:
+    return field(default=default, metadata={"help": text})
+
+
+def _required(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that trains and the one that it is compared with."""
+
+    policy: str = _required("Hugging Face folder or hub id of the model that trains")
+    reference: str | None = _key(None, "folder or hub id of the frozen model; null: the policy's own starting weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("bfloat16", "dtype of both models' weights")
+    tokenizer: str | None = _key(None, "folder, hub id or SentencePiece .model file; null: the policy's")
+    attention: str = _key("auto", "auto, or a transformers attention name")
+    trust_remote_code: bool = _key(False, "whether code that comes with a model may run")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data set among those that are trained or evaluated on.
+
+    Attributes:
+        path: file, folder or hub id.
+        weight: how often its pairs are drawn, relative to their number.
+        split: the split's name where there are several.
+        columns: our column names mapped to the data set's, where these differ.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The preference pairs. In the run file ``train`` and ``eval`` may also be one path or hub id."""
+
+    train: tuple[DataSource, ...] = _required("file, folder or hub id, or a list of {path, weight, split, columns}")
+    eval: tuple[DataSource, ...] | None = _key(None, "held-out pairs, given as train is; null: no evaluation")
+    max_length: int = _key(1024, "tokens of prompt + longer response")
+    truncation: Literal["prompt_start", "response_end"] | None = _key(
+        None, "what is cut from pairs that are too long; null: they are dropped"
+    )
+    max_dropped: float = _key(0.05, "share of unusable rows above which the run is refused")
+    shuffle: bool = _key(True, "false keeps the file's order")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How log-probs become a loss."""
+
+    type: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = _key("sigmoid", "the preference loss; DPO is sigmoid")
+    beta: float = _key(0.1, "strength of the pull towards the reference")
+    label_smoothing: float = _key(0.0, "probability that a pair's label is wrong")
+    reduction: Literal["sum", "mean"] | None = _key(
+        None, "a response's log-prob is the sum or the mean over its tokens; null: what the loss's paper says"
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Where the reference's log-probs come from."""
+
+    mode: Literal["engine", "cache", "adapter", "none"] = _key(
+        "engine", "engine: a second, frozen engine; none: every reference log-prob is 0"
+    )
+    tokens_per_micro_batch: int | None = _key(None, "null: the policy's micro-batches")
+    cache_dir: str | None = _key(None, "folder of cached log-probs")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The schedule and the optimizer."""
+
+    pairs_per_step: int = _key(16, "pairs in one optimizer step, over all ranks")
+    tokens_per_micro_batch: int = _key(4096, "tokens that one rank puts through the model at once")
+    layout: Literal["auto", "packed", "padded"] = _key("auto", "how pairs share a micro-batch")
+    activation_checkpointing: Literal["none", "full"] = _key(
+        "none", "full: keep only each layer's input and compute the rest again in backward"
+    )
+    optimizer: Literal["adamw"] = _key("adamw", "the optimizer")
+    epochs: int = _key(1, "passes over the data")
+    max_steps: int | None = _key(None, "stop after so many optimizer steps; null: after the epochs")
+    learning_rate: float = _key(5e-7, "peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = _key("linear", "the learning rate's course after its warm-up")
+    warmup_ratio: float = _key(0.1, "share of the steps in which the learning rate rises to its peak")
+    betas: tuple[float, float] = _key((0.9, 0.999), "Adam's decay rates")
+    eps: float = _key(1e-8, "Adam's epsilon")
+    weight_decay: float = _key(0.0, "decoupled weight decay of matrices")
+    gradient_clipping: float = _key(1.0, "largest norm of a step's gradient; 0 switches clipping off")
+    seed: int = _key(0, "decides the order of the pairs and everything random")
+    eval_every: int | None = _key(None, "evaluate after so many steps; null: before the first and after the last only")
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """The DeepSpeed JSON file of each engine."""
+
+    policy: str = _key("ds_configs/zero3.json", "the policy's DeepSpeed config")
+    reference: str = _key("ds_configs/zero3_reference.json", "the reference's DeepSpeed config")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved for resuming."""
+
+    every: int | None = _key(None, "save after so many steps")
+    keep: int = _key(2, "how many of the newest are kept")
+    keep_every: int | None = _key(None, "checkpoints of these steps are never removed")
+    keep_best: str | None = _key(None, "name of the eval metric whose best checkpoint is kept")
+    resume: str = _key("auto", "auto | never | PATH")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    wandb: Literal["online", "offline", "disabled"] = _key("offline", "wandb's mode")
+    project: str = _key("dpo_ds", "wandb's project")
+    log_every: int = _key(1, "steps between two logged ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    adapter: dict[str, Any] | None = field(default=None, metadata={"help": "LoRA and its kin"})
+    env: dict[str, str] = field(default_factory=dict, metadata={"help": "variables that the workers get"})
+    output_dir: str = _required("folder of all that the run writes; relative to the working folder")
+
+
+def entries() -> Iterator[tuple[str, type, Field[Any]]]:
+    """Yields every key as ``(section.key, its dataclass, its field)``, in the order of the run file."""
+    sections = get_type_hints(RunConfig)
+    for entry in fields(RunConfig):
+        if is_dataclass(sections[entry.name]):
+            for inner in fields(sections[entry.name]):
+                yield f"{entry.name}.{inner.name}", sections[entry.name], inner
+        else:
+            yield entry.name, RunConfig, entry
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Returns every value of a run under its dotted key."""
+    return {name: attrgetter(name)(config) for name, _, _ in entries()}
+
+
+def shown(value: object) -> str:
+    """Returns a value as a run file would write it, short enough for one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("reference.mode", ("engine", "none"), "the reference is a live engine or absent"),
+    ("reference.tokens_per_micro_batch", (None,), "the reference scores the policy's micro-batches"),
+    ("reference.cache_dir", (None,), "no log-probs are cached"),
+    ("train.layout", ("auto", "padded"), "rows are padded"),
+    ("checkpoint.every", (None,), "a run cannot be resumed"),
+    ("checkpoint.keep", (2,), "a run cannot be resumed"),
+    ("checkpoint.keep_every", (None,), "a run cannot be resumed"),
+    ("checkpoint.keep_best", (None,), "a run cannot be resumed"),
+    ("checkpoint.resume", ("auto",), "a run cannot be resumed"),
+    ("adapter", (None,), "all weights train"),
+)
+"""Keys that exist for later versions: key, the values that this version knows, what it does."""
+
+
+def check(config: RunConfig) -> None:
+    """Checks what types cannot say.
+
+    Raises:
+        UserError: a value is out of its range, or not available in this version.
+    """
+    values = flat(config)
+    for key, available, reason in _UNAVAILABLE:
+        if values[key] not in available:
+            options = " or ".join(map(shown, available))
+            raise UserError(f"{key} must be {options} in this version, got {shown(values[key])}: {reason}")
+    for key, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{key} must be finite, got {shown(value)}")
+    data, loss, train = config.data, config.loss, config.train
+    rules = (
+        ("data.max_length", data.max_length >= 2, ">= 2"),
+        ("data.max_dropped", 0 <= data.max_dropped <= 1, ">= 0 and <= 1"),
+        ("loss.beta", loss.beta > 0, "> 0"),
+        ("loss.label_smoothing", 0 <= loss.label_smoothing < 0.5, ">= 0 and < 0.5"),
+        ("train.pairs_per_step", train.pairs_per_step >= 1, ">= 1"),
+        ("train.tokens_per_micro_batch", train.tokens_per_micro_batch >= 1, ">= 1"),
+        ("train.epochs", train.epochs >= 1, ">= 1"),
+        ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
+        ("train.learning_rate", train.learning_rate > 0, "> 0"),
+        ("train.warmup_ratio", 0 <= train.warmup_ratio <= 1, ">= 0 and <= 1"),
+        ("train.betas", all(0 <= beta < 1 for beta in train.betas), "two numbers >= 0 and < 1"),
+        ("train.eps", train.eps > 0, "> 0"),
+        ("train.weight_decay", train.weight_decay >= 0, ">= 0"),
+        ("train.gradient_clipping", train.gradient_clipping >= 0, ">= 0 (0 switches it off)"),
+        ("train.seed", train.seed >= 0, ">= 0"),
+        ("train.eval_every", train.eval_every is None or train.eval_every >= 1, ">= 1 or null"),
+        ("train.eval_every", train.eval_every is None or data.eval is not None, "null while data.eval is null"),
+        ("tracking.log_every", config.tracking.log_every >= 1, ">= 1"),
+        ("output_dir", bool(config.output_dir.strip()), "the name of a folder"),
+    )
+    for key, holds, expectation in rules:
+        if not holds:
+            raise UserError(f"{key} must be {expectation}, got {shown(values[key])}")

@@ -1,0 +1,27 @@
+"""Where metrics go: ``metrics.jsonl``, which is the record, and wandb, which is a mirror of it. No rank logic."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_ds.tracking.record import METRICS_FILE, JsonLines, Tracker, versions, write_summary
+from dpo_ds.tracking.wandb_mirror import WandbMirror
+
+__all__ = ["JsonLines", "Tracker", "WandbMirror", "open_tracker", "versions", "write_summary"]
+
+
+def open_tracker(
+    folder: Path, *, wandb: Literal["online", "offline", "disabled"], project: str, config: Mapping[str, Any]
+) -> Tracker:
+    """Returns the tracker of the one rank that records; an earlier record in the folder is replaced.
+
+    Args:
+        folder: the run's output folder, which exists.
+        wandb: online, offline or disabled.
+        project: wandb's project.
+        config: what wandb shows as the run's config.
+    """
+    lines = JsonLines(folder / METRICS_FILE)
+    if wandb == "disabled":
+        return Tracker([lines])
+    return Tracker([lines, WandbMirror(folder, mode=wandb, project=project, config=config)])
