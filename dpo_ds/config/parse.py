@@ -55,7 +55,7 @@ def parse_run(argv: Sequence[str]) -> Run:
     Raises:
         UserError: an argument, the file, a key or a value is wrong.
     """
-    argv = [argument for argument in argv if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    argv = [argument for argument in argv if not re.fullmatch(r"--local[_-]rank=-?\d+", argument)]
     parser = _parser()
     if "-h" in argv or "--help" in argv:
         parser.print_help()
@@ -242,7 +242,9 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _build(values: Mapping[str, Any], *, given: Container[str]) -> RunConfig:
     for key, leaf in _leaves().items():
         if values[key] is None and NoneType not in get_args(leaf.hint):
-            raise _mistyped(key, None) if key in given else UserError(f"{key} is required: {leaf.text}")
+            if key in given and key not in _SOURCES:
+                raise _mistyped(key, None)
+            raise UserError(f"{key} is required: {leaf.text}")
     built = dict(values)
     for key in _SOURCES:
         built[key] = None if values[key] is None else read_sources(values[key], key=key)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from dpo_ds.engine.cpu_collective import expose_ninja
 from dpo_ds.errors import UserError
@@ -52,10 +53,8 @@ class World:
         else:
             accelerator.set_device(identity.local_rank)
         # The rendezvous waits longer than a collective may: one rank of each node checks and tokenizes first.
-        rendezvous = dist.distributed_c10d.rendezvous(
-            "env://", identity.rank, identity.size, timeout=RENDEZVOUS_TIMEOUT
-        )
-        store, rank, size = next(iter(rendezvous))
+        meeting = rendezvous("env://", identity.rank, identity.size, timeout=RENDEZVOUS_TIMEOUT)
+        store, rank, size = next(iter(meeting))
         dist.init_process_group(
             accelerator.communication_backend_name(),
             store=store,
