@@ -239,16 +239,16 @@ def test_a_run_that_diverges_stops_all_ranks_with_the_step_and_the_pairs_named(r
 
 
 def test_real_pairs_and_a_real_model_generalise(run, material):
-    """An independent loop reached a held-out loss of 0.579 with these settings; at a rate of 1e-4 it overfits to 0.85."""
+    """Unseen pairs, of prompts that are seen: the 836 pairs have 153 prompts."""
     rows = [json.loads(line) for line in (material / "prefs/pandalm_dpo.jsonl").read_text().splitlines()]
     fitting = {"max_length": 512, "max_dropped": 0.3, "shuffle": True}
     finished, out = run(
         2,
-        rows=rows[:-120],
-        held_out=rows[-120:],
+        rows=[row for n, row in enumerate(rows) if n % 7],
+        held_out=rows[::7],
         model={"policy": str(material / "models/stories260K-hf")},
         data={"eval": "held_out.jsonl", **fitting},
-        train={"pairs_per_step": 16, "tokens_per_micro_batch": 4096, "learning_rate": 2e-5},
+        train={"pairs_per_step": 8, "tokens_per_micro_batch": 4096, "learning_rate": 2e-5},
     )
     finished.expect_success()
     before, after = lines(out, "eval")

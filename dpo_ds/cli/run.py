@@ -69,7 +69,7 @@ def train(found: Inputs | None, identity: Identity) -> None:
     )
     trained = trainer.run()
     export(
-        engines.policy.model.model,
+        engines.policy,
         load_tokenizer(inputs.tokenizer, trust_remote_code=config.model.trust_remote_code),
         folder / "export",
         config=load_model_config(inputs.policy, trust_remote_code=config.model.trust_remote_code),
@@ -77,9 +77,10 @@ def train(found: Inputs | None, identity: Identity) -> None:
     )
     summary = _summary(trained, world)
     if world.rank == 0:
-        tracker.finish(summary)
         write_summary(folder, summary)
         plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+        # Last, since wandb may take its time.
+        tracker.finish(summary)
         print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
     world.leave()
 
@@ -98,7 +99,9 @@ def _tracker(inputs: Inputs, world: World) -> Tracker:
         return Tracker()
     config, folder = inputs.config, Path(inputs.config.output_dir)
     (folder / "config.yaml").write_text(dump_yaml(config))
-    return open_tracker(folder, wandb=config.tracking.wandb, project=config.tracking.project, config=asdict(config))
+    # What the workers get in their environment may be secret.
+    shown = {section: values for section, values in asdict(config).items() if section != "env"}
+    return open_tracker(folder, wandb=config.tracking.wandb, project=config.tracking.project, config=shown)
 
 
 def _summary(trained: Trained, world: World) -> dict[str, object]:

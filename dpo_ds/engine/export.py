@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_ds.data.tokenization import Tokenizer
+from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.shards import INDEX, difference_from_files
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 
 
 def export(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, config: PretrainedConfig, world: World
+    policy: PolicyEngine, tokenizer: Tokenizer, folder: Path, *, config: PretrainedConfig, world: World
 ) -> None:
     """Writes weights, config, generation config and tokenizer; collective.
 
@@ -25,7 +26,7 @@ def export(
     shards in the files again. A tied head is stored once, as transformers does.
 
     Args:
-        model: a ZeRO-3 model.
+        policy: the engine.
         tokenizer: the run's.
         folder: where the model goes; an older export there is replaced.
         config: what the model was loaded with; the live one has its dropout off.
@@ -34,6 +35,9 @@ def export(
     Raises:
         RunError: the files do not hold the live weights.
     """
+    # The last forward has asked for weights of a backward that never came: gathering one of them again would fail.
+    policy.engine.empty_partition_cache()
+    model = policy.model.model
     aside = folder.with_name(folder.name + ".tmp")
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)

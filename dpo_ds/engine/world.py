@@ -1,5 +1,6 @@
 """The process group: joining it, leaving it, and the few collectives that the other rooms may ask for."""
 
+import ctypes
 import os
 import socket
 import warnings
@@ -50,6 +51,7 @@ class World:
         if accelerator.device_name() == "cpu":
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.local_size))
+            _keep_freed_memory()
         else:
             accelerator.set_device(identity.local_rank)
         # The rendezvous waits longer than a collective may: one rank of each node checks and tokenizes first.
@@ -114,6 +116,16 @@ class World:
         name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
         with suppress(FileNotFoundError):
             Path("/dev/shm", f"{name}_{self.rank}").unlink()
+
+
+def _keep_freed_memory() -> None:
+    # glibc maps every large tensor anew and hands it back when it is freed, so that a CPU rank spends a quarter of a
+    # step on page faults. Elsewhere than on glibc there is no mallopt, and nothing to do.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _be_the_only_rank() -> None:

@@ -170,7 +170,10 @@ def exports(world: World, model: str, out: str) -> None:
 
     engines = engines_of(model, world, torch.bfloat16)
     take_step(engines, my_batch(world), pairs=4, learning_rate=1e-2)
-    export(engines.policy.model.model, NoTokenizer(), Path(out), config=load_model_config(model), world=world)  # type: ignore[arg-type]
+    engines.policy.model.eval()
+    with torch.no_grad():
+        engines.policy.score(my_batch(world))
+    export(engines.policy, NoTokenizer(), Path(out), config=load_model_config(model), world=world)  # type: ignore[arg-type]
     scored = world.gather(engines.policy.score(my_batch(world)).tolist())
     if world.rank == 0:
         Path(out, "scores.json").write_text(json.dumps(scored))
