@@ -3,6 +3,7 @@
 Pure functions of (seed, epoch, step) and of lengths. No token and no tensor may enter, and ranks are a number here.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,8 +90,13 @@ def plan_training(
         ranks: number of ranks.
         tokens_per_micro_batch: bound on a micro-batch's tokens, padding included, per rank.
     """
-    batches = _fill(pairs, row_lengths, tokens_per_micro_batch)
-    wanted = -(-len(batches) // ranks) * ranks
+    pairs = sorted(pairs)
+    wanted = -(-len(_fill(pairs, row_lengths, tokens_per_micro_batch)) // ranks) * ranks
+    # The smallest budget that needs no more micro-batches makes the costliest one as cheap as it can be.
+    smallest = 2 * int(row_lengths[pairs].max())
+    budgets = range(smallest, max(smallest, tokens_per_micro_batch) + 1)
+    balanced = bisect_left(budgets, -wanted, key=lambda budget: -len(_fill(pairs, row_lengths, budget)))
+    batches = _fill(pairs, row_lengths, budgets[balanced])
     while len(batches) < wanted and any(len(batch) > 1 for batch in batches):
         costliest = max((b for b in batches if len(b) > 1), key=lambda batch: _cost(batch, row_lengths))
         batches.remove(costliest)

@@ -17,9 +17,7 @@ from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 
 
-def export(
-    policy: PolicyEngine, tokenizer: Tokenizer, folder: Path, *, config: PretrainedConfig, world: World
-) -> None:
+def export(policy: PolicyEngine, tokenizer: Tokenizer, folder: Path, *, config: PretrainedConfig, world: World) -> None:
     """Writes weights, config, generation config and tokenizer; collective.
 
     Rank 0 writes aside, holding one file's weights at a time; the folder appears when every rank has found its own live

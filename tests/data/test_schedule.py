@@ -68,6 +68,13 @@ def test_a_micro_batch_is_split_rather_than_a_stand_in_added():
     assert all(batch.weight == 1 for rank in plan for batch in rank)
 
 
+def test_ranks_share_a_step_evenly_although_one_micro_batch_could_hold_most_of_it():
+    lengths = np.array([150, 140, 130, 120, 110, 100, 90, 80])
+    plan = plan_training(range(8), row_lengths=lengths, ranks=2, tokens_per_micro_batch=2048)
+    # 8 rows of 150 and 8 of 110 tokens; filling the budget first would give 12 of 150 and 4 of 90.
+    assert [[batch.pairs for batch in rank] for rank in plan] == [[(0, 1, 2, 3)], [(4, 5, 6, 7)]]
+
+
 def test_a_rank_without_a_pair_gets_the_shortest_as_a_stand_in_that_counts_for_nothing():
     plan = plan_training([0, 1], row_lengths=np.array([9, 5]), ranks=3, tokens_per_micro_batch=100)
     assert [(batch.pairs, batch.weight) for rank in plan for batch in rank] == [((0,), 1), ((1,), 1), ((1,), 0)]
