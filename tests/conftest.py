@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.data.small_tokenizer import small_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,25 @@ def material() -> Path:
     if not folder:
         pytest.skip("DPO_DS_MATERIAL is not set: it names the folder with real data, tokenizers and a tiny model")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Llama with a byte-level tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    small_tokenizer(folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.data.small_tokenizer import small_tokenizer
 from tests.plain_dpo import PlainPair, dpo_losses
 from tests.ranks import REPOSITORY, Finished, run_ranks
 
@@ -36,28 +35,6 @@ def rows_of_words(count: int) -> list[dict[str, str]]:
         }
         for n in range(count)
     ]
-
-
-@pytest.fixture(scope="session")
-def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny Llama with a byte-level tokenizer, as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tiny")
-    small_tokenizer(folder)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 Run = Callable[..., tuple[Finished, Path]]

@@ -13,6 +13,7 @@ from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.cpu_collective import check_cpu_collective
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
 from dpo_ds.errors import UserError
+from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
 
@@ -58,15 +59,17 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"output_dir {folder} already holds a run (metrics.jsonl); name another folder or remove it")
     existed = folder.exists()
+    inputs = None
     try:
-        return _checked(run, folder, ranks)
-    except BaseException:
-        if not existed:
+        inputs = _checked(run, folder, ranks)
+        return inputs
+    finally:
+        if not existed and (inputs is None or run.dry_run):
             shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
+    _check_loss(run.config)
     check_cpu_collective()
     run, policy_config, reference_config = _deepspeed_configs(run)
     config = run.config
@@ -106,6 +109,15 @@ def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
         evaluation=evaluation.path if evaluation else None,
         plan=_plan(config, policy, reference, train, evaluation, ranks),
     )
+
+
+def _check_loss(config: RunConfig) -> None:
+    loss = config.loss
+    if loss.label_smoothing and not LOSSES[loss.type].smooths_labels:
+        raise UserError(
+            f"loss.label_smoothing must be 0 for the {loss.type} loss, which has no smoothed form, got "
+            f"{loss.label_smoothing}"
+        )
 
 
 def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any] | None]:

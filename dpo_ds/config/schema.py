@@ -179,6 +179,7 @@ def shown(value: object) -> str:
 
 
 _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("model.dtype", ("float32", "bfloat16"), "float16's loss scaling skips steps that a schedule counts"),
     ("reference.mode", ("engine", "none"), "the reference is a live engine or absent"),
     ("reference.tokens_per_micro_batch", (None,), "the reference scores the policy's micro-batches"),
     ("reference.cache_dir", (None,), "no log-probs are cached"),
