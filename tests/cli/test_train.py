@@ -86,9 +86,9 @@ CASES = {
         "has a vocabulary of 8",
     ),
     "auto in a ds_config": (
-        lambda files: write_zero(files, gradient_clipping="auto"),
-        ["--deepspeed.policy", "other.json"],
-        'gradient_clipping is "auto"',
+        lambda files: write_zero(files, zero_optimization={"stage": 3, "reduce_bucket_size": "auto"}),
+        ["--deepspeed.reference", "other.json"],
+        'zero_optimization.reduce_bucket_size is "auto"',
     ),
     "an optimizer for the reference": (
         lambda files: write_zero(files, optimizer={"type": "AdamW"}),
@@ -124,6 +124,7 @@ CASES = {
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(files, tiny_chat, capsys, case):
     prepare, arguments, complaint = CASES[case]
     prepare(files)
+    capsys.readouterr()  # what preparing said
     before = sorted(files.rglob("*"))
     with pytest.raises(SystemExit) as left:
         main(["--config", "run.yaml", *(str(tiny_chat) if a == "TINY" else a for a in arguments)])
