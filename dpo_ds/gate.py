@@ -1,5 +1,6 @@
 """The step-0 gate: with equal weights, policy and reference must agree before the first update."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,14 @@ from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World
 from dpo_ds.errors import RunError
 
-PER_TOKEN_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+PER_TOKEN_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference of two log-probs, per token, that may come from rounding in another kernel of that dtype."""
+
+LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest distance of the first loss from its analytic value."""
+
+BATCHES = 4
+"""Micro-batches that each rank scores at the gate."""
 
 
 def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
@@ -38,37 +45,62 @@ def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
         )
 
 
-def check_equal_start(engines: Engines, batch: PairBatch, *, world: World, same_source: bool) -> bool:
-    """Scores a micro-batch with both engines before the first update; collective.
-
-    Where both hold equal weights every log-ratio must be 0, hence every reward 0 and the loss its value at margin 0.
+def starts_equal(engines: Engines, *, world: World, same_source: bool) -> bool:
+    """Returns whether policy and reference hold equal weights, so that the gate applies; collective.
 
     Args:
         engines: policy and reference.
-        batch: this rank's micro-batch.
         world: the ranks.
         same_source: both were read from one checkpoint, so that their weights have to be equal.
 
-    Returns:
-        Whether the weights are equal, so that the gate applied.
-
     Raises:
-        RunError: the weights should be equal and are not, or equal weights score differently.
+        RunError: the weights should be equal and are not.
     """
     policy, reference = engines
     if reference is None:
         return False
-    if policy.fingerprint() != reference.fingerprint:
-        if same_source:
-            raise RunError("policy and reference were read from one checkpoint, but their weights differ")
-        return False
-    with torch.no_grad():
-        differences = (policy.score(batch) - reference.score(batch)).flatten() / batch.response_tokens
-    worst = max(world.gather(float(differences.abs().max())))
+    if policy.fingerprint() == reference.fingerprint:
+        return True
+    if same_source:
+        raise RunError("policy and reference were read from one checkpoint, but their weights differ")
+    return False
+
+
+@torch.no_grad()
+def check_equal_scores(engines: Engines, batches: Sequence[PairBatch], *, world: World) -> None:
+    """Scores micro-batches with both engines, which hold equal weights: every log-ratio must be 0; collective.
+
+    Args:
+        engines: policy and reference.
+        batches: this rank's; as many on every rank.
+        world: the ranks.
+
+    Raises:
+        RunError: equal weights score differently.
+    """
+    policy, reference = engines
+    assert reference is not None
+    differences = [
+        (policy.score(batch) - reference.score(batch)).flatten() / batch.response_tokens for batch in batches
+    ]
+    worst = max(world.gather(float(torch.cat(differences).abs().max())))
     bound = PER_TOKEN_BOUND[policy.dtype]
     if not worst <= bound:
         raise RunError(
             f"step-0 gate: equal weights, but policy and reference differ by {worst:.3g} a token (bound {bound:g} in "
             f"{policy.dtype}), so the first rewards would not be 0; compare the two ds_configs and the attention"
         )
-    return True
+
+
+def check_first_loss(loss: float, *, expected: float, dtype: torch.dtype) -> None:
+    """Holds the mean loss of equal weights against its analytic value, ln 2 for DPO.
+
+    Raises:
+        RunError: it is another one.
+    """
+    bound = LOSS_BOUND[dtype]
+    if not abs(loss - expected) <= bound * max(1.0, expected):
+        raise RunError(
+            f"step-0 gate: with equal weights the loss must be {expected:.6f}, got {loss:.6f} (bound {bound:g}, "
+            "relative above 1); policy and reference do not score alike"
+        )

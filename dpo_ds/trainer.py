@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import Plan, Schedule, plan_evaluation, plan_training
 from dpo_ds.engine import Engines, World
 from dpo_ds.errors import RunError
+from dpo_ds.gate import BATCHES as GATE_BATCHES
+from dpo_ds.gate import check_equal_scores, check_first_loss, starts_equal
 from dpo_ds.learning_rate import learning_rate
-from dpo_ds.losses import PairLogps, PreferenceLoss, preference_loss
+from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss
 from dpo_ds.metrics import Tally, add_pairs, add_work
 from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
@@ -73,6 +76,35 @@ class Trainer:
             shuffle=config.data.shuffle,
         )
 
+    @torch.no_grad()
+    def pass_the_gate(self, *, same_source: bool) -> bool:
+        """Scores the first pairs with both engines before the first update, if they hold equal weights.
+
+        Args:
+            same_source: both were read from one checkpoint.
+
+        Returns:
+            Whether the weights are equal, so that the gate applied.
+
+        Raises:
+            RunError: the weights should be equal and are not, or equal weights do not start at the loss's own value.
+        """
+        if not starts_equal(self._engines, world=self._world, same_source=same_source):
+            return False
+        batches = list(islice(self._batches(self._train, self._plan(1)), GATE_BATCHES))
+        check_equal_scores(self._engines, batches, world=self._world)
+        tally = Tally(self._world.device)
+        for batch in batches:
+            loss, logps = self._compare(batch, self._reference_logps(batch))
+            add_pairs(tally, loss, logps, weights=batch.weights)
+        settings = self._config.loss
+        check_first_loss(
+            tally.means(self._world.sum(tally.packed()))["loss"],
+            expected=LOSSES[settings.type].at_zero_margin(settings.beta),
+            dtype=self._engines.policy.dtype,
+        )
+        return True
+
     def run(self) -> Trained:
         """Trains all steps of the schedule, and evaluates before, every ``eval_every`` steps, and after them.
 
@@ -107,14 +139,8 @@ class Trainer:
         """
         settings = self._config.train
         clock = Stopwatch(self._world.synchronize)
-        pairs = self.schedule.pairs_of_step(step)
-        plan = plan_training(
-            pairs,
-            row_lengths=self._train.row_lengths,
-            ranks=self._world.size,
-            tokens_per_micro_batch=settings.tokens_per_micro_batch,
-        )
-        batches = list(self._batches(self._train, plan))
+        pairs = len(self.schedule.pairs_of_step(step))
+        batches = list(self._batches(self._train, self._plan(step)))
         # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
         references = [self._reference_logps(batch) for batch in batches]
         clock.lap("seconds/reference")
@@ -123,7 +149,7 @@ class Trainer:
         self._engines.policy.model.train()
         for batch, reference in zip(batches, references, strict=True):
             loss, logps = self._compare(batch, reference)
-            self._engines.policy.backward((loss.losses * batch.weights).sum() / len(pairs))
+            self._engines.policy.backward((loss.losses * batch.weights).sum() / pairs)
             add_pairs(tally, loss, logps, weights=batch.weights)
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
             losses.append(loss.losses.detach())
@@ -149,7 +175,7 @@ class Trainer:
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
             "grad_norm": grad_norm,
             "learning_rate": rate,
-            "pairs": len(pairs),
+            "pairs": pairs,
             "tokens": sums["work/tokens"],
             "fill_rate": sums["work/filled"] / sums["work/positions"],
             "step_seconds": seconds,
@@ -185,6 +211,14 @@ class Trainer:
         metrics = tally.means(self._world.sum(tally.packed()))
         self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
         return metrics
+
+    def _plan(self, step: int) -> Plan:
+        return plan_training(
+            self.schedule.pairs_of_step(step),
+            row_lengths=self._train.row_lengths,
+            ranks=self._world.size,
+            tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
+        )
 
     def _batches(self, pairs: PreparedPairs, plan: Plan) -> Iterator[PairBatch]:
         for micro_batch in plan[self._world.rank]:

@@ -9,11 +9,10 @@ import torch
 
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.config import dump_yaml
-from dpo_ds.data.batch import padded_batch
-from dpo_ds.data.prepare import PreparedPairs, open_prepared
-from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.data.prepare import open_prepared
+from dpo_ds.engine import World, initialize
 from dpo_ds.engine.export import export
-from dpo_ds.gate import check_equal_start, check_heads
+from dpo_ds.gate import check_heads
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.models.causal_lm import load_model_config
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -22,7 +21,7 @@ from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(found: Inputs | None, identity: Identity) -> None:
@@ -55,7 +54,7 @@ def train(found: Inputs | None, identity: Identity) -> None:
         weight_decay=config.train.weight_decay,
     )
     pairs = open_prepared(inputs.train)
-    _pass_the_gate(engines, pairs, inputs, world)
+    check_heads(engines, pairs.pair(0), world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, dtype), device=world.device)))
     tracker = _tracker(inputs, world)
     trainer = Trainer(
@@ -67,6 +66,8 @@ def train(found: Inputs | None, identity: Identity) -> None:
         tracker=tracker,
         matmul_flops=speed,
     )
+    if trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
+        print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
     trained = trainer.run()
     export(
         engines.policy,
@@ -83,15 +84,6 @@ def train(found: Inputs | None, identity: Identity) -> None:
         tracker.finish(summary)
         print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
     world.leave()
-
-
-def _pass_the_gate(engines: Engines, pairs: PreparedPairs, inputs: Inputs, world: World) -> None:
-    check_heads(engines, pairs.pair(0), world=world)
-    # Each rank takes another pair, and goes round where there are fewer pairs than ranks.
-    batch = padded_batch([pairs.pair(world.rank % len(pairs))]).to(world.device)
-    same_source = inputs.reference == inputs.policy
-    if check_equal_start(engines, batch, world=world, same_source=same_source) and world.rank == 0:
-        print("step-0 gate: policy and reference have equal weights and score alike")
 
 
 def _tracker(inputs: Inputs, world: World) -> Tracker:

@@ -17,7 +17,7 @@ from dpo_ds.engine.export import export
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of
 from dpo_ds.errors import RunError, UserError
-from dpo_ds.gate import check_equal_start, check_heads
+from dpo_ds.gate import check_equal_scores, check_heads, starts_equal
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.losses import PairLogps, preference_loss
 from dpo_ds.models.causal_lm import load_model_config
@@ -119,7 +119,8 @@ def first_scores(world: World, model: str, dtype: str) -> None:
     engines = engines_of(model, world, DTYPES[dtype])
     batch = my_batch(world)
     check_heads(engines, some_pairs(1)[0], world=world)
-    assert check_equal_start(engines, batch, world=world, same_source=True)
+    assert starts_equal(engines, world=world, same_source=True)
+    check_equal_scores(engines, [batch], world=world)
     assert torch.equal(engines.policy.score(batch), engines.reference.score(batch))
 
 
@@ -130,7 +131,7 @@ def gate_finds_a_difference(world: World, model: str) -> None:
         lambda module, inputs, output: setattr(output, "last_hidden_state", output.last_hidden_state * 1.01)
     )
     with pytest.raises(RunError, match="step-0 gate"):
-        check_equal_start(engines, my_batch(world), world=world, same_source=True)
+        check_equal_scores(engines, [my_batch(world)], world=world)
 
 
 def unknown_head_is_refused(world: World, model: str) -> None:
