@@ -86,7 +86,7 @@ def fingerprint(model: nn.Module, world: World) -> str:
     Each rank mixes each of its weights' bits with the weight's position and adds them up; sums of 64-bit integers wrap
     and commute, so they add over shards.
     """
-    sums = [_mixed_sum(shard_of(parameter)) for _, parameter in sorted(model.named_parameters())]
+    sums = [_mixed_sum(shard_of(parameter)).to(world.device) for _, parameter in sorted(model.named_parameters())]
     total = world.sum(torch.stack(sums))
     return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()
 
