@@ -11,6 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_ds.engine.extensions import build_extensions
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -40,6 +42,8 @@ def run_ranks(
 
     As under a launcher, the first rank that fails makes the others end.
     """
+    # Here, where nothing is killed for being late.
+    build_extensions({"zero_optimization": {}})
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,8 +10,8 @@ from dpo_ds.config import DataSource, Run, RunConfig, resolve_path, settle
 from dpo_ds.data.prepare import PreparedPairs, Source, prepare
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import Tokenizer
-from dpo_ds.engine.cpu_collective import check_cpu_collective
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
+from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
@@ -70,8 +70,8 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
 
 def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
     _check_loss(run.config)
-    check_cpu_collective()
     run, policy_config, reference_config = _deepspeed_configs(run)
+    build_extensions(policy_config)
     config = run.config
 
     def found(value: str, key: str) -> str:

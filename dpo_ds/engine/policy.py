@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
+from dpo_ds.engine.extensions import keeps_optimizer_on_host
 from dpo_ds.engine.shards import ZeroParameter, fingerprint
 from dpo_ds.engine.world import World
 from dpo_ds.models.scorer import Scorer
@@ -42,9 +43,12 @@ class PolicyEngine:
             {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
         ]
-        offloads = "offload_optimizer" in ds_config["zero_optimization"]
         optimizer = _adamw(
-            [g for g in groups if g["params"]], offloads=offloads, device=world.device, betas=betas, eps=eps
+            [g for g in groups if g["params"]],
+            on_host=keeps_optimizer_on_host(ds_config),
+            device=world.device,
+            betas=betas,
+            eps=eps,
         )
         self.engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer, optimizer=optimizer, config=dict(ds_config)
@@ -100,9 +104,9 @@ class PolicyEngine:
 
 
 def _adamw(
-    groups: list[dict[str, Any]], *, offloads: bool, device: torch.device, betas: tuple[float, float], eps: float
+    groups: list[dict[str, Any]], *, on_host: bool, device: torch.device, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    if offloads:
+    if on_host:
         # Updates masters and states where they are kept, in host memory.
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, lr=0.0, betas=betas, eps=eps, adamw_mode=True

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from dpo_ds.engine.cpu_collective import expose_ninja
+from dpo_ds.engine.extensions import expose_ninja
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.identity import Identity
 

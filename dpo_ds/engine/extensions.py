@@ -1,0 +1,105 @@
+"""The C++ extensions that DeepSpeed compiles on a machine: built once, before there are ranks that would wait for it."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from filelock import FileLock
+from torch.utils import cpp_extension
+
+from dpo_ds.errors import UserError
+
+_BUILD_TIMEOUT_S = 300
+_PROGRAM = "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
+_CPU_COLLECTIVE = ("ShareMemCommBuilder", "CPU collective")
+_CPU_ADAM = ("CPUAdamBuilder", "CPU Adam")
+
+
+def expose_ninja() -> None:
+    """Puts the environment's scripts on PATH where ninja would not be found, as when a venv is not activated.
+
+    torch starts ninja by its bare name, so every rank needs this before it joins.
+    """
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def keeps_optimizer_on_host(ds_config: Mapping[str, Any]) -> bool:
+    """Returns whether a ds_config keeps masters and Adam's states in host memory or on NVMe, where CPU Adam works."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def build_extensions(policy_config: Mapping[str, Any]) -> None:
+    """Builds what DeepSpeed would compile in the middle of the start, or opens what was built before.
+
+    There it would die in ninja's output, on every rank, and a killed build would make all later ones wait without end.
+
+    Args:
+        policy_config: the policy's resolved DeepSpeed config.
+
+    Raises:
+        UserError: the compiler or ninja is missing or does not work.
+    """
+    wanted = [_CPU_COLLECTIVE] if get_accelerator().device_name() == "cpu" else []
+    if keeps_optimizer_on_host(policy_config):
+        wanted.append(_CPU_ADAM)
+    for builder, what in wanted:
+        _build(get_accelerator().create_op_builder(builder), what)
+
+
+def _build(builder: Any, what: str) -> None:
+    expose_ninja()
+    if not cpp_extension.is_ninja_available():
+        raise UserError(f"ninja does not run, which builds DeepSpeed's {what}; install it: pip install ninja")
+    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    with FileLock(folder / "one_builder.lock"):
+        _outlive_other_build(folder / "lock")
+        if not (folder / f"{builder.name}.so").exists():
+            _check_compiler(builder.cxx_args(), what)
+            print(f"building DeepSpeed's {what}, which takes about a minute and is done once ...", flush=True)
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+            raise UserError(
+                f"DeepSpeed's {what} cannot be built ({_reason(str(error))}); mend that, or remove {folder} if it holds "
+                "the build of another environment"
+            ) from None
+
+
+def _outlive_other_build(lock: Path) -> None:
+    # torch waits for this file to go, without end; a build that was killed leaves it behind.
+    while lock.exists():
+        if time.time() - lock.stat().st_mtime > _BUILD_TIMEOUT_S:
+            lock.unlink(missing_ok=True)
+            return
+        time.sleep(1)
+
+
+def _check_compiler(flags: list[str], what: str) -> None:
+    compiler = str(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "program.cpp")
+        source.write_text(_PROGRAM)
+        include = sysconfig.get_path("include")
+        command = [*shlex.split(compiler), *flags, f"-I{include}", str(source), "-o", f"{folder}/program"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            raise UserError(
+                f"the C++ compiler {compiler!r} cannot build DeepSpeed's {what} ({_reason(said)}): install g++ and "
+                "Python's headers (Debian and Ubuntu: apt-get install g++ python3-dev), or name a compiler in CXX"
+            ) from None
+
+
+def _reason(said: str) -> str:
+    return next((line for line in said.splitlines() if "error" in line), " ".join(said.split()))
