@@ -80,6 +80,7 @@ def check_equal_scores(engines: Engines, batches: Sequence[PairBatch], *, world:
     """
     policy, reference = engines
     assert reference is not None
+    policy.model.train()  # as in the steps, so that noise of training mode shows
     differences = [
         (policy.score(batch) - reference.score(batch)).flatten() / batch.response_tokens for batch in batches
     ]

@@ -91,7 +91,6 @@ class Trainer:
         """
         if not starts_equal(self._engines, world=self._world, same_source=same_source):
             return False
-        self._engines.policy.model.train()  # as in the steps, so that noise of training mode shows
         batches = list(islice(self._batches(self._train, self._plan(1)), GATE_BATCHES))
         check_equal_scores(self._engines, batches, world=self._world)
         tally = Tally(self._world.device)

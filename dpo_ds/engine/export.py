@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.shards import INDEX, difference_from_files
+from dpo_ds.engine.shards import INDEX, difference_from_files, stored_buffers
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 
@@ -60,10 +60,14 @@ def _write_weights(model: PreTrainedModel, folder: Path, *, world: World) -> Non
     parameters = dict(model.named_parameters())
     # Planned on tensors without data, so that the live ones need to be gathered one file at a time only.
     hollow = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
-    plan = split_torch_state_dict_into_shards(hollow)
+    buffers = stored_buffers(model)
+    plan = split_torch_state_dict_into_shards(hollow | {name: buffer.to("meta") for name, buffer in buffers.items()})
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
+            if name in buffers:
+                tensors[name] = buffers[name].to("cpu")
+                continue
             with deepspeed.zero.GatheredParameters([parameters[name]]):
                 if world.rank == 0:
                     tensors[name] = parameters[name].detach().to("cpu", copy=True)

@@ -35,7 +35,7 @@ def expose_ninja() -> None:
 def keeps_optimizer_on_host(ds_config: Mapping[str, Any]) -> bool:
     """Returns whether a ds_config keeps masters and Adam's states in host memory or on NVMe, where CPU Adam works."""
     offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+    return str(offload.get("device", "none")) != "none"
 
 
 def build_extensions(policy_config: Mapping[str, Any]) -> None:

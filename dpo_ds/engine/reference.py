@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
-from dpo_ds.engine.shards import fingerprint
+from dpo_ds.engine.shards import fingerprint, register_head
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 from dpo_ds.models.scorer import Scorer
@@ -26,7 +26,7 @@ class ReferenceEngine:
             world: the ranks.
         """
         scorer.requires_grad_(False).eval()
-        deepspeed.zero.register_external_parameter(scorer, scorer.head.weight)
+        register_head(scorer)
         # Without an optimizer DeepSpeed keeps no gradients, no masters and no states: parameter sharding and its hooks.
         self.engine, *_ = deepspeed.initialize(model=scorer, config=dict(ds_config))
         self._world = world

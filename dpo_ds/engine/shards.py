@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +22,7 @@ from transformers.utils import cached_file
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 from dpo_ds.models.causal_lm import load_causal_lm
+from dpo_ds.models.scorer import Scorer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,13 +35,15 @@ class Shard:
     Attributes:
         values: ``(n,)``, a view of the live weights.
         start: where the part begins in the flattened parameter.
+        whole: how many values the whole parameter has.
     """
 
     values: Tensor
     start: int
+    whole: int
 
 
-# DeepSpeed adds attributes to torch's Parameter: ds_tensor (the shard), ds_numel and ds_shape (of the whole).
+# DeepSpeed adds attributes to torch's Parameter: ds_tensor (the shard), ds_numel and ds_shape (of the whole), ds_status.
 ZeroParameter: TypeAlias = Any
 
 
@@ -46,7 +51,21 @@ def shard_of(parameter: ZeroParameter) -> Shard:
     """Returns this rank's part of a ZeRO-3 parameter, without the padding behind its end."""
     size = parameter.ds_tensor.ds_numel
     start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
-    return Shard(parameter.ds_tensor.data[: min(size, parameter.ds_numel - start)], start)
+    end = min(start + size, parameter.ds_numel)
+    # A small parameter stays whole between steps, and the model runs on that copy.
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        return Shard(parameter.data.flatten()[start:end], start, parameter.ds_numel)
+    return Shard(parameter.ds_tensor.data[: end - start], start, parameter.ds_numel)
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that belong to a checkpoint, such as a router's correction bias; every rank has them whole."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _whole(buffer: Tensor) -> Shard:
+    return Shard(buffer.flatten(), 0, buffer.numel())
 
 
 def load_sharded(
@@ -80,14 +99,23 @@ def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
     del living
 
 
+def register_head(scorer: Scorer) -> None:
+    """Tells ZeRO-3 that a scorer uses its model's head outside of the head's own module."""
+    for parameter in (scorer.head.weight, scorer.head.bias):
+        if parameter is not None:
+            deepspeed.zero.register_external_parameter(scorer, parameter)
+
+
 def fingerprint(model: nn.Module, world: World) -> str:
-    """Returns a digest of all weights that depends on every bit and its place, but not on the number of ranks.
+    """Returns a digest of all weights and buffers: of every bit and its place, but not of the number of ranks.
 
     Each rank mixes each of its weights' bits with the weight's position and adds them up; sums of 64-bit integers wrap
     and commute, so they add over shards.
     """
-    sums = [_mixed_sum(shard_of(parameter)).to(world.device) for _, parameter in sorted(model.named_parameters())]
-    total = world.sum(torch.stack(sums))
+    sums = [_mixed_sum(shard_of(parameter)) for _, parameter in sorted(model.named_parameters())]
+    buffers = [_mixed_sum(_whole(buffer)) for _, buffer in sorted(stored_buffers(model).items())]
+    counted_once = [value if world.rank == 0 else torch.zeros_like(value) for value in buffers]
+    total = world.sum(torch.stack([value.to(world.device) for value in [*sums, *counted_once]]))
     return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()
 
 
@@ -95,7 +123,7 @@ _CHUNK = 2**22  # elements; the mix needs a few 8-byte copies of each
 
 
 def _mixed_sum(shard: Shard) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.values.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.values.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=shard.values.device)
     for offset in range(0, shard.values.numel(), _CHUNK):
         bits = shard.values[offset : offset + _CHUNK].view(integer).long()
@@ -109,7 +137,7 @@ def _mixed_sum(shard: Shard) -> Tensor:
 
 
 def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | None:
-    """Compares this rank's shards with a checkpoint's safetensors files, bit for bit in the model's dtype.
+    """Compares this rank's shards and buffers with a checkpoint's safetensors files, bit for bit in the model's dtype.
 
     Returns:
         None if they are equal, else one line that names the first weight that is not.
@@ -125,17 +153,17 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
             return (
                 f"{path} holds a tensor {name} that the model has no place for; name a checkpoint of this architecture"
             )
-    parameter: ZeroParameter
-    for name, parameter in model.named_parameters():
+    held = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
+    held |= {name: _whole(buffer) for name, buffer in stored_buffers(model).items()}
+    for name, shard in held.items():
         # Some old checkpoints leave the backbone's own prefix out of their names.
         stored = name if name in files else name.removeprefix(f"{model.base_model_prefix}.")
         if stored not in files:
             return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
         with safe_open(files[stored], framework="pt") as file:
             expected = file.get_tensor(stored).flatten()
-        shard = shard_of(parameter)
-        if expected.numel() != parameter.ds_numel:
-            return f"{path} holds {expected.numel()} values for {name}, the model {parameter.ds_numel}"
+        if expected.numel() != shard.whole:
+            return f"{path} holds {expected.numel()} values for {name}, the model {shard.whole}"
         expected = expected[shard.start : shard.start + shard.values.numel()].to(shard.values.dtype)
         if not torch.equal(expected, shard.values.cpu()):
             return f"the weight {name} differs from the file {files[stored]}; the load or the file is broken"

@@ -1,11 +1,13 @@
 """What real ranks do in the engine's tests: ``python scenarios.py AGENDA`` runs a list of these on every rank.
 
-A scenario asserts; a rank whose assertion fails ends, and with it the job.
+A scenario asserts; a rank whose assertion fails notes that and ends, and with it the job.
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.export import export
 from dpo_ds.engine.reference import ReferenceEngine
-from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of
+from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.gate import check_equal_scores, check_heads, starts_equal
 from dpo_ds.launcher.identity import Identity
@@ -40,8 +42,8 @@ def configs(dtype: torch.dtype) -> dict[str, dict]:
     return {"policy_config": POLICY_CONFIG | section, "reference_config": REFERENCE_CONFIG | section}
 
 
-def engines_of(model: str, world: World, dtype: torch.dtype = torch.float32) -> Engines:
-    return initialize(model, world=world, reference=model, dtype=dtype, **configs(dtype))
+def engines_of(model: str, world: World, dtype: torch.dtype = torch.float32, **options: Any) -> Engines:
+    return initialize(model, world=world, reference=model, dtype=dtype, **configs(dtype) | options)
 
 
 def some_pairs(count: int, vocabulary: int = 64) -> list[TokenizedPair]:
@@ -95,6 +97,24 @@ def moved_reference_is_found(world: World, model: str) -> None:
     expect_complaint(reference, "has moved")
 
 
+def moved_running_copy_is_found(world: World, model: str) -> None:
+    # Above this threshold nothing is sharded between steps: the model runs on whole copies, not on the shards.
+    zero = REFERENCE_CONFIG["zero_optimization"] | {"stage3_param_persistence_threshold": 100_000}
+    reference = engines_of(model, world, reference_config=REFERENCE_CONFIG | {"zero_optimization": zero}).reference
+    for _ in range(3):  # DeepSpeed gives the copies up after the first forward, which it traces
+        reference.score(my_batch(world))
+    reference.check()
+    next(reference.model.parameters()).data.view(-1)[-1] += 1e-6
+    expect_complaint(reference, "has moved")
+
+
+def moved_buffer_is_found(world: World, model: str) -> None:
+    reference = engines_of(model, world).reference
+    (bias,) = stored_buffers(reference.model).values()
+    bias[-1] += 1e-6
+    expect_complaint(reference, "has moved")
+
+
 def trainable_reference_is_found(world: World, model: str) -> None:
     reference = engines_of(model, world).reference
     next(reference.model.parameters()).requires_grad_(True)
@@ -134,6 +154,15 @@ def gate_finds_a_difference(world: World, model: str) -> None:
         check_equal_scores(engines, [my_batch(world)], world=world)
 
 
+def gate_finds_noise_of_training_mode(world: World, model: str) -> None:
+    engines = engines_of(model, world)
+    engines.policy.model.eval()
+    layer = engines.policy.model.model.base_model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: output * (1.01 if module.training else 1.0))
+    with pytest.raises(RunError, match="step-0 gate"):
+        check_equal_scores(engines, [my_batch(world)], world=world)
+
+
 def unknown_head_is_refused(world: World, model: str) -> None:
     engines = engines_of(model, world)
     engines.policy.model.model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
@@ -144,6 +173,13 @@ def unknown_head_is_refused(world: World, model: str) -> None:
 def broken_checkpoint_is_refused(world: World, model: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         engines_of(model, world)
+
+
+def gradient_norm(world: World, model: str, out: str, options: dict[str, Any]) -> None:
+    engines = engines_of(model, world, **options)
+    norms = [take_step(engines, my_batch(world), pairs=4) for _ in range(3)]
+    if world.rank == 0:
+        Path(out).write_text(json.dumps(norms))
 
 
 def fingerprints(world: World, model: str, out: str) -> None:
@@ -181,14 +217,17 @@ def exports(world: World, model: str, out: str) -> None:
 
 
 def main(agenda: str) -> None:
-    """Runs an agenda, a JSON list of [name, arguments], in one process group; what is done is noted as it is done."""
+    """Runs an agenda, a JSON list of [name, arguments], in one process group, and notes each outcome as it comes."""
     world = World.join(Identity.from_environment())
-    done = Path(agenda).with_suffix(f".{world.rank}.done")
     for name, arguments in json.loads(Path(agenda).read_text()):
-        globals()[name](world, *arguments)
-        world.barrier()
-        with done.open("a") as file:
-            file.write(json.dumps([name, arguments]) + "\n")
+        with Path(agenda).with_suffix(f".{world.rank}.outcomes").open("a") as file:
+            try:
+                globals()[name](world, *arguments)
+                world.barrier()
+            except BaseException:
+                file.write(json.dumps([name, arguments, traceback.format_exc()]) + "\n")
+                raise
+            file.write(json.dumps([name, arguments, "passed"]) + "\n")
     world.leave()
 
 

@@ -62,7 +62,7 @@ def test_a_compiler_that_does_not_compile_is_quoted(nothing_built, monkeypatch, 
 def test_a_build_that_breaks_is_one_line(nothing_built, monkeypatch, tmp_path):
     # Compiles the check's one program and nothing else.
     moody = tmp_path / "g++"
-    moody.write_text('#!/bin/sh\ncase "$*" in *program.cpp*) ;; *--version*) ;; *) echo "error: no room"; exit 1;; esac\n')
+    moody.write_text('#!/bin/sh\ncase "$*" in *program.cpp*|*--version*) ;; *) echo "error: no room"; exit 1;; esac\n')
     moody.chmod(0o755)
     monkeypatch.setenv("CXX", str(moody))
     finished = subprocess.run(
