@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class PeerError(Exception):
+    """Another rank has met an error and says so itself: this one leaves in silence, with exit code 2."""
+
+
 class RunError(Exception):
     """A run that cannot be right and stops: not the user's typing, but nothing to go on with either.
 

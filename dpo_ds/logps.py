@@ -24,21 +24,6 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def next_token_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """Returns the log-probability of every token but the first, given those before it.
-
-    Entry ``t`` scores token ``t + 1``: a mask over ``ids`` applies to the result as ``mask[:, 1:]``.
-
-    Args:
-        logits: ``(batch, seq, vocab)``; row ``t`` predicts token ``t + 1``.
-        ids: ``(batch, seq)``.
-
-    Returns:
-        ``(batch, seq - 1)``, float32.
-    """
-    return target_logps(logits[:, :-1], ids[:, 1:])
-
-
 def sum_by_response(logps: Tensor, response_of: Tensor, *, responses: int) -> Tensor:
     """Sums token log-probs over each response: ``log pi(y|x)``, Rafailov et al. 2023, section 3, arXiv:2305.18290.
 

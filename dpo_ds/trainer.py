@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -140,7 +141,9 @@ class Trainer:
         settings = self._config.train
         clock = Stopwatch(self._world.synchronize)
         pairs = len(self.schedule.pairs_of_step(step))
-        batches = list(self._batches(self._train, self._plan(step)))
+        plan = self._plan(step)
+        batches = list(self._batches(self._train, plan))
+        clock.lap("seconds/batches")
         # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
         references = [self._reference_logps(batch) for batch in batches]
         clock.lap("seconds/reference")
@@ -154,12 +157,13 @@ class Trainer:
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
             losses.append(loss.losses.detach())
         clock.lap("seconds/policy")
-        for name, seconds in clock.laps.items():
-            tally.add(name, seconds)
+        for name in ("seconds/reference", "seconds/policy"):
+            tally.add(name, clock.laps[name])
         packed = self._world.sum(tally.packed())
         means, sums = tally.means(packed), tally.sums(packed)
+        clock.lap("seconds/wait")
         if not math.isfinite(means["loss"]):
-            self._stop_at(step, batches, losses)
+            self._stop_at(step, plan, losses)
         rate = learning_rate(
             step,
             steps=self.schedule.steps,
@@ -170,6 +174,7 @@ class Trainer:
         grad_norm = self._engines.policy.step(learning_rate=rate)
         if not math.isfinite(grad_norm):
             raise RunError(f"step {step}: the gradient's norm is {grad_norm}; lower train.learning_rate")
+        clock.lap("seconds/update")
         seconds = clock.total()
         scored = sums["lengths/chosen"] + sums["lengths/rejected"]
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
@@ -181,7 +186,7 @@ class Trainer:
             "step_seconds": seconds,
             "tokens_per_second": sums["work/tokens"] / seconds,
             "mfu": self._cost.flops(tokens=sums["work/tokens"], scored=scored) / (seconds * self._matmul_flops),
-            "seconds/wait": seconds - means["seconds/reference"] - means["seconds/policy"],
+            **{name: clock.laps[name] for name in ("seconds/batches", "seconds/wait", "seconds/update")},
         }
 
     @torch.no_grad()
@@ -242,16 +247,16 @@ class Trainer:
         )
         return loss, logps
 
-    def _stop_at(self, step: int, batches: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:
-        scored = zip(batches, losses, strict=True)
+    def _stop_at(self, step: int, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
         mine = [
             pair
-            for batch, values in scored
-            for pair, value in zip(batch.ids, values.tolist(), strict=True)
-            if not math.isfinite(value)
+            for micro_batch, values in zip(plan[self._world.rank], losses, strict=True)
+            for pair, value in zip(micro_batch.pairs, values.tolist(), strict=True)
+            if micro_batch.weight and not math.isfinite(value)
         ]
-        bad = [pair for pairs in self._world.gather(mine) for pair in pairs]
+        bad = sorted(pair for pairs in self._world.gather(mine) for pair in pairs)
+        named = ", ".join(self._train.where(pair) for pair in bad[:4])
         raise RunError(
-            f"step {step}: the loss is not finite for {len(bad)} pairs ({', '.join(bad[:4])}); the weights are those "
-            "before the step; lower train.learning_rate, or look at these pairs"
+            f"step {step}: the loss is not finite for {len(bad)} pairs ({named}{', ...' * (len(bad) > 4)}); the weights "
+            "are those before the step; lower train.learning_rate, or look at these pairs"
         )

@@ -1,14 +1,12 @@
 """Log-probs against a full log-softmax in float64, and against sums done by hand."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_ds.logps import chunked_target_logps, next_token_logps, sum_by_response, target_logps
+from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
 
 # Narrow, so that a chunk of two tokens' logits is already as large as the head's weight.
 TOKENS, WIDTH, VOCAB = 13, 2, 50
@@ -112,23 +110,6 @@ def test_without_gradients_the_chunks_are_as_small():
     # 13 tokens are split evenly, 7 and 6, not 9 and 4.
     assert largest.elements == max(7 * VOCAB, weight.numel())
     torch.testing.assert_close(logps.double(), reference_logps(hidden, weight, targets).detach(), rtol=1e-6, atol=1e-6)
-
-
-def test_next_token_logps_score_each_token_by_the_one_before_it():
-    # A language of three tokens in which only the last token decides: row i is the distribution after token i.
-    probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
-    ids = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]])
-    logps = next_token_logps(probabilities.log()[ids], ids)
-    expected = [[0.7, 0.4, 0.5], [0.25, 0.25, 0.3]]
-    torch.testing.assert_close(logps, torch.tensor(expected).log(), rtol=1e-6, atol=1e-6)
-
-
-def test_a_mask_over_ids_applies_to_next_token_logps_without_its_first_column():
-    probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
-    ids = torch.tensor([[0, 1, 2, 0]])
-    response = torch.tensor([[False, False, True, True]])
-    total = next_token_logps(probabilities.log()[ids], ids)[response[:, 1:]].sum()
-    assert total.item() == pytest.approx(math.log(0.4) + math.log(0.5), abs=1e-6)
 
 
 def test_sum_by_response_adds_each_token_to_its_response():

@@ -71,6 +71,7 @@ def run(tmp_path: Path, tiny_chat: Path) -> Run:
             },
             "deepspeed": {"policy": "zero.json", "reference": "zero.json"},
             "tracking": {"wandb": "disabled"},
+            "env": {"API_KEY": "secret"},
             "output_dir": str(folder / "out"),
         }
         for section, values in sections.items():
@@ -180,7 +181,9 @@ def test_without_a_reference_the_loss_is_of_the_policys_own_log_probs(run, tiny_
 
 def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run, tmp_path):
     before = set(Path("/dev/shm").iterdir())
-    finished, out = run(2, rows=rows_of_words(8), data={"eval": "pairs.jsonl"}, tracking={"wandb": "offline"})
+    finished, out = run(
+        2, rows=rows_of_words(8), data={"eval": "pairs.jsonl"}, tracking={"wandb": "offline"}, env={"API_KEY": "secret"}
+    )
     finished.expect_success()
     assert {path.name for path in out.iterdir()} == {
         "config.yaml",
@@ -193,12 +196,15 @@ def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run,
         "wandb_run_id",
     }
     assert set(Path("/dev/shm").iterdir()) <= before
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["data"]["train"] == str(out.parent / "pairs.jsonl")
+    assert not any("secret" in path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["pairs"], summary["world_size"]) == ("complete", 2, 8, 2)
     assert len(summary["peak_host_bytes_per_rank"]) == 2
     expected = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected "
     expected += "grad_norm learning_rate pairs tokens step_seconds tokens_per_second mfu fill_rate seconds/reference "
-    expected += "seconds/policy seconds/wait lengths/chosen lengths/rejected"
+    expected += "seconds/policy seconds/wait seconds/batches seconds/update lengths/chosen lengths/rejected"
     assert set(expected.split()) <= set(lines(out)[0])
     exported = AutoModelForCausalLM.from_pretrained(out / "export")
     assert AutoTokenizer.from_pretrained(out / "export").eos_token_id == 1
@@ -211,7 +217,9 @@ def test_a_run_that_diverges_stops_all_ranks_with_the_step_and_the_pairs_named(r
     assert finished.codes[1] != 0
     errors = [line for error in finished.errors for line in error.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert "step 2" in errors[0]
+    assert "step 2: the loss is not finite for 4 pairs (" in errors[0]
+    # Unshuffled, the second step holds rows 5 to 8.
+    assert all(f"pairs.jsonl row {row}" in errors[0] for row in (5, 6, 7, 8))
     assert not (out / "export").exists()
 
 

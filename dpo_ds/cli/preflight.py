@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Inputs:
     """What a run needs, found and checked.
 
     Attributes:
-        config: the run's config, with what its ds_configs say.
+        config: the run's config, with what its ds_configs say and with the places where its paths were found.
         policy: folder or hub id of the model that trains.
         reference: folder or hub id of the frozen model, None for reference-free losses.
         tokenizer: folder, file or hub id.
@@ -58,36 +59,33 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
     folder = Path(run.config.output_dir)
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"output_dir {folder} already holds a run (metrics.jsonl); name another folder or remove it")
-    existed = folder.exists()
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
     inputs = None
     try:
         inputs = _checked(run, folder, ranks)
         return inputs
     finally:
-        if not existed and (inputs is None or run.dry_run):
+        if created and (inputs is None or run.dry_run):
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in created[1:]:
+                with suppress(OSError):  # another run works in there, or it never came to be
+                    parent.rmdir()
 
 
 def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
     _check_loss(run.config)
-    run, policy_config, reference_config = _deepspeed_configs(run)
+    run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
     build_extensions(policy_config)
     config = run.config
-
-    def found(value: str, key: str) -> str:
-        return resolve_path(value, key=key, run_file=run.file, hub=True)
-
-    policy = found(config.model.policy, "model.policy")
-    reference = None
-    if config.reference.mode == "engine":
-        reference = found(config.model.reference, "model.reference") if config.model.reference else policy
-    tokenizer_path = found(config.model.tokenizer, "model.tokenizer") if config.model.tokenizer else policy
+    policy = config.model.policy
+    reference = None if config.reference.mode == "none" else config.model.reference or policy
+    tokenizer_path = config.model.tokenizer or policy
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     _check_models(config, policy, reference, tokenizer)
 
-    def prepared(sources: Sequence[DataSource], key: str) -> PreparedPairs:
+    def prepared(sources: Sequence[DataSource]) -> PreparedPairs:
         return prepare(
-            [Source(found(s.path, key), s.split or "train", s.columns, s.weight) for s in sources],
+            [Source(source.path, source.split or "train", source.columns, source.weight) for source in sources],
             tokenizer,
             max_length=config.data.max_length,
             truncation=config.data.truncation,
@@ -95,8 +93,8 @@ def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
             folder=folder / "data",
         )
 
-    train = prepared(config.data.train, "data.train")
-    evaluation = prepared(config.data.eval, "data.eval") if config.data.eval else None
+    train = prepared(config.data.train)
+    evaluation = prepared(config.data.eval) if config.data.eval else None
     _check_sizes(config, train, evaluation)
     return Inputs(
         config=config,
@@ -120,18 +118,49 @@ def _check_loss(config: RunConfig) -> None:
         )
 
 
-def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any] | None]:
-    def found(value: str, role: str) -> str:
-        return resolve_path(value, key=f"deepspeed.{role}", run_file=run.file)
+def _located(run: Run) -> RunConfig:
+    """Returns the run's config with every path where it was found, so that it means the same anywhere."""
+    config = run.config
 
-    policy = found(run.config.deepspeed.policy, "policy")
+    def found(value: str, key: str) -> str:
+        return resolve_path(value, key=key, run_file=run.file, hub=key.startswith(("model.", "data.")))
+
+    def maybe(value: str | None, key: str) -> str | None:
+        return found(value, key) if value else None
+
+    def sources(values: Sequence[DataSource], key: str) -> tuple[DataSource, ...]:
+        return tuple(replace(source, path=found(source.path, key)) for source in values)
+
+    model, data, deepspeed = config.model, config.data, config.deepspeed
+    return replace(
+        config,
+        model=replace(
+            model,
+            policy=found(model.policy, "model.policy"),
+            reference=maybe(model.reference, "model.reference"),
+            tokenizer=maybe(model.tokenizer, "model.tokenizer"),
+        ),
+        data=replace(
+            data,
+            train=sources(data.train, "data.train"),
+            eval=sources(data.eval, "data.eval") if data.eval else None,
+        ),
+        deepspeed=replace(
+            deepspeed,
+            policy=found(deepspeed.policy, "deepspeed.policy"),
+            reference=found(deepspeed.reference, "deepspeed.reference"),
+        ),
+    )
+
+
+def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any] | None]:
+    policy = run.config.deepspeed.policy
     run = settle(run, stated_values(policy), source=policy)
     dtype, clipping = run.config.model.dtype, run.config.train.gradient_clipping
     policy_config = policy_ds_config(policy, dtype=dtype, gradient_clipping=clipping)
     if run.config.reference.mode == "none":
         return run, policy_config, None
-    reference = found(run.config.deepspeed.reference, "reference")
-    return run, policy_config, reference_ds_config(reference, dtype=dtype)
+    return run, policy_config, reference_ds_config(run.config.deepspeed.reference, dtype=dtype)
 
 
 def _check_models(config: RunConfig, policy: str, reference: str | None, tokenizer: Tokenizer) -> None:

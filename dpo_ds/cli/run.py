@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import open_prepared
 from dpo_ds.engine import World, initialize
 from dpo_ds.engine.export import export
+from dpo_ds.engine.meeting import Meeting
 from dpo_ds.gate import check_heads
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.models.causal_lm import load_model_config
@@ -24,18 +25,19 @@ from dpo_ds.trainer import Trained, Trainer
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def train(found: Inputs | None, identity: Identity) -> None:
+def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     """Builds the engines, trains, evaluates, exports and sums up; collective.
 
     Args:
         found: what preflight found, on the rank that speaks for its node; None on the others.
         identity: who this process is.
+        meeting: where the ranks have met.
 
     Raises:
         UserError: a checkpoint cannot be used.
         RunError: the run cannot be right.
     """
-    world = World.join(identity)
+    world = World.join(identity, meeting)
     inputs: Inputs = world.broadcast(found)
     config, folder = inputs.config, Path(inputs.config.output_dir)
     dtype = _DTYPES[config.model.dtype]
@@ -90,8 +92,8 @@ def _tracker(inputs: Inputs, world: World) -> Tracker:
     if world.rank != 0:
         return Tracker()
     config, folder = inputs.config, Path(inputs.config.output_dir)
-    (folder / "config.yaml").write_text(dump_yaml(config))
-    # What the workers get in their environment may be secret.
+    # What the workers get in their environment may be secret, and stays out of files.
+    (folder / "config.yaml").write_text(dump_yaml(replace(config, env={})))
     shown = {section: values for section, values in asdict(config).items() if section != "env"}
     return open_tracker(folder, wandb=config.tracking.wandb, project=config.tracking.project, config=shown)
 

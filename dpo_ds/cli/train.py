@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dpo_ds.config import parse_run
-from dpo_ds.errors import RunError, UserError
+from dpo_ds.errors import PeerError, RunError, UserError
 from dpo_ds.launcher.identity import Identity
 
 _GRACE_S = 30
+_HEAD_START_S = 2  # of the rank that speaks
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,14 +28,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.update(run.config.env)
         # Only now, so that --help and a mistyped key are answered at once.
         from dpo_ds.cli.preflight import preflight
-        from dpo_ds.cli.run import train
 
-        # One rank of a node checks and prepares; the others wait for it in the rendezvous.
-        inputs = preflight(run, ranks=identity.size) if identity.speaks_for_node else None
+        if run.dry_run:
+            if identity.rank == 0:
+                print(preflight(run, ranks=identity.size).plan)
+            return
+        from dpo_ds.cli.run import train
+        from dpo_ds.engine.meeting import Meeting
+
+        inputs = None
+        with Meeting(identity) as meeting:
+            if identity.speaks_for_node:
+                inputs = preflight(run, ranks=identity.size)
+                meeting.vouch()
+            meeting.wait()
         if inputs is not None and identity.rank == 0:
             print(inputs.plan, flush=True)
-        if not run.dry_run:
-            train(inputs, identity)
+        train(inputs, identity, meeting)
+    except PeerError:
+        time.sleep(_HEAD_START_S)
+        sys.exit(2)
     except (UserError, RunError) as error:
         _leave(identity, error)
 

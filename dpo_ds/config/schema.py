@@ -97,7 +97,7 @@ class TrainConfig:
     )
     optimizer: Literal["adamw"] = _key("adamw", "the optimizer")
     epochs: int = _key(1, "passes over the data")
-    max_steps: int | None = _key(None, "stop after so many optimizer steps; null: after the epochs")
+    max_steps: int | None = _key(None, "optimizer steps of the run, in place of train.epochs; null: as that says")
     learning_rate: float = _key(5e-7, "peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = _key("linear", "the learning rate's course after its warm-up")
     warmup_ratio: float = _key(0.1, "share of the steps in which the learning rate rises to its peak")
@@ -110,7 +110,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DeepSpeedConfig:
+class EnginesConfig:
     """The DeepSpeed JSON file of each engine."""
 
     policy: str = _key("ds_configs/zero3.json", "the policy's DeepSpeed config")
@@ -146,7 +146,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    deepspeed: EnginesConfig = field(default_factory=EnginesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     adapter: dict[str, Any] | None = field(default=None, metadata={"help": "LoRA and its kin"})

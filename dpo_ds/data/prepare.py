@@ -103,16 +103,6 @@ class PreparedPairs:
         return self.manifest.pairs
 
     @property
-    def key(self) -> str:
-        """Hash of the sources' content, the tokenizer and the settings."""
-        return self.manifest.key
-
-    @property
-    def rows_read(self) -> int:
-        """Rows of all sources, usable or not."""
-        return self.manifest.rows_read
-
-    @property
     def dropped(self) -> Mapping[str, int]:
         """Rows that could not be used, by reason."""
         return self.manifest.dropped
@@ -122,6 +112,11 @@ class PreparedPairs:
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         prompt, chosen, rejected = (tuple(self.table[name][index].values.to_pylist()) for name in columns)
         return TokenizedPair(self.table["id"][index].as_py(), prompt, chosen, rejected)
+
+    def where(self, index: int) -> str:
+        """Returns which row of which source a pair was, for messages."""
+        source = self.manifest.sources[self.table["source"][index].as_py()]
+        return f"{source} row {self.table['row'][index].as_py()}"
 
     @cached_property
     def lengths(self) -> Lengths:

@@ -1,4 +1,4 @@
-"""The C++ extensions that DeepSpeed compiles on a machine: built once, before there are ranks that would wait for it."""
+"""The C++ extensions that DeepSpeed compiles on a machine: built once, before there are ranks that would wait."""
 
 import os
 import shlex
@@ -70,8 +70,8 @@ def _build(builder: Any, what: str) -> None:
             builder.load(verbose=False)
         except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
             raise UserError(
-                f"DeepSpeed's {what} cannot be built ({_reason(str(error))}); mend that, or remove {folder} if it holds "
-                "the build of another environment"
+                f"DeepSpeed's {what} cannot be built ({_reason(str(error))}); mend that, or remove {folder}, "
+                "which may hold the build of another environment"
             ) from None
 
 

@@ -43,7 +43,7 @@ class Shard:
     whole: int
 
 
-# DeepSpeed adds attributes to torch's Parameter: ds_tensor (the shard), ds_numel and ds_shape (of the whole), ds_status.
+# What DeepSpeed adds to torch's Parameter: ds_tensor (the shard), ds_numel and ds_shape (of the whole), ds_status.
 ZeroParameter: TypeAlias = Any
 
 
@@ -59,7 +59,7 @@ def shard_of(parameter: ZeroParameter) -> Shard:
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that belong to a checkpoint, such as a router's correction bias; every rank has them whole."""
+    """Returns the buffers that checkpoints hold, such as a router's correction bias; every rank has them whole."""
     stored = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 

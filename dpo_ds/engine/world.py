@@ -2,9 +2,8 @@
 
 import ctypes
 import os
-import socket
 import warnings
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -14,20 +13,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from dpo_ds.engine.extensions import expose_ninja
+from dpo_ds.engine.meeting import Meeting
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.identity import Identity
 
 T = TypeVar("T")
 
-RENDEZVOUS_TIMEOUT = timedelta(hours=24)
-"""How long the other ranks wait for the one that validates and tokenizes; their launcher ends them if it fails."""
-
 
 class World:
-    """All ranks of the run. ``World.join()`` is collective, as is every method but ``leave``."""
+    """All ranks of the run. Every method but ``synchronize`` is collective."""
 
     def __init__(self, identity: Identity, device: torch.device) -> None:
         self.rank = identity.rank
@@ -35,15 +31,16 @@ class World:
         self.device = device
 
     @classmethod
-    def join(cls, identity: Identity, *, collective_timeout: timedelta = timedelta(minutes=10)) -> "World":
+    def join(
+        cls, identity: Identity, meeting: Meeting, *, collective_timeout: timedelta = timedelta(minutes=10)
+    ) -> "World":
         """Joins the process group, waiting for all ranks.
 
         Args:
             identity: who this process is.
+            meeting: where the ranks have met.
             collective_timeout: after this long in one collective a rank gives up.
         """
-        if identity.size == 1:
-            _be_the_only_rank()
         expose_ninja()
         # Two libraries' words about each other, on every rank, in the middle of the progress bar.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -54,14 +51,17 @@ class World:
             _keep_freed_memory()
         else:
             accelerator.set_device(identity.local_rank)
-        # The rendezvous waits longer than a collective may: one rank of each node checks and tokenizes first.
-        meeting = rendezvous("env://", identity.rank, identity.size, timeout=RENDEZVOUS_TIMEOUT)
-        store, rank, size = next(iter(meeting))
+        for name, value in (
+            ("RANK", identity.rank),
+            ("WORLD_SIZE", identity.size),
+            ("LOCAL_RANK", identity.local_rank),
+        ):
+            os.environ.setdefault(name, str(value))  # DeepSpeed reads them where no launcher has set them
         dist.init_process_group(
             accelerator.communication_backend_name(),
-            store=store,
-            rank=rank,
-            world_size=size,
+            store=meeting.store,
+            rank=identity.rank,
+            world_size=identity.size,
             timeout=collective_timeout,
         )
         deepspeed.init_distributed(verbose=False, timeout=collective_timeout)
@@ -126,12 +126,3 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def _be_the_only_rank() -> None:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)

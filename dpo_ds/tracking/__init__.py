@@ -1,5 +1,6 @@
 """Where metrics go: ``metrics.jsonl``, which is the record, and wandb, which is a mirror of it. No rank logic."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ def open_tracker(
 ) -> Tracker:
     """Returns the tracker of the one rank that records; an earlier record in the folder is replaced.
 
+    A wandb that cannot be started is a warning.
+
     Args:
         folder: the run's output folder, which exists.
         wandb: online, offline or disabled.
@@ -24,4 +27,8 @@ def open_tracker(
     lines = JsonLines(folder / METRICS_FILE)
     if wandb == "disabled":
         return Tracker([lines])
-    return Tracker([lines, WandbMirror(folder, mode=wandb, project=project, config=config)])
+    try:
+        return Tracker([lines, WandbMirror(folder, mode=wandb, project=project, config=config)])
+    except OSError as error:
+        print(f"warning: wandb cannot be started ({error}); {METRICS_FILE} is complete", file=sys.stderr)
+        return Tracker([lines])

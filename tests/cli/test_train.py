@@ -116,6 +116,11 @@ CASES = {
         ["--loss.type", "ipo", "--loss.label_smoothing", "0.1"],
         "loss.label_smoothing",
     ),
+    "a nested output folder": (
+        no_preparation,
+        ["--output_dir", "new/deep/out", "--train.pairs_per_step", "5"],
+        "has only 4 usable pairs",
+    ),
     "float16": (no_preparation, ["--model.dtype", "float16"], "model.dtype"),
 }
 

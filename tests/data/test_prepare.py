@@ -51,7 +51,7 @@ def files(folder):
 
 def test_every_row_becomes_a_pair_or_is_counted_by_its_reason(tokenizer, source, tmp_path):
     prepared = run([source], tokenizer, tmp_path / "data")
-    assert prepared.rows_read == len(ROWS) == len(prepared) + sum(prepared.dropped.values())
+    assert prepared.manifest.rows_read == len(ROWS) == len(prepared) + sum(prepared.dropped.values())
     assert prepared.dropped == {"identical responses": 1, "empty response": 1, "too long": 1, "not text": 1}
     assert prepared.manifest.first_dropped["too long"] == f"{source.path} row 5"
     assert prepared.table["row"].to_pylist() == [1, 3]
@@ -80,27 +80,31 @@ def test_what_was_prepared_is_opened_again_and_not_written_again(tokenizer, sour
     prepared = run([source], tokenizer, tmp_path / "data")
     before = (prepared.path / "pairs.arrow").stat().st_mtime_ns
     again = run([source], tokenizer, tmp_path / "data")
-    assert (again.path, again.key) == (prepared.path, prepared.path.name)
+    assert (again.path, again.manifest.key) == (prepared.path, prepared.path.name)
     assert (again.path / "pairs.arrow").stat().st_mtime_ns == before
-    assert files(tmp_path / "data") == {again.key, f"{again.key}/pairs.arrow", f"{again.key}/manifest.json"}
+    assert files(tmp_path / "data") == {
+        again.manifest.key,
+        f"{again.manifest.key}/pairs.arrow",
+        f"{again.manifest.key}/manifest.json",
+    }
     assert open_prepared(prepared.path).pair(1) == prepared.pair(1)
 
 
 def test_the_key_follows_content_columns_tokenizer_and_settings_but_not_the_place(tokenizer, source, tmp_path):
     folder = tmp_path / "data"
     copy = write(tmp_path / "elsewhere" / "copy.jsonl", ROWS)
-    assert run([source], tokenizer, folder).key == run([copy], tokenizer, folder).key
+    assert run([source], tokenizer, folder).manifest.key == run([copy], tokenizer, folder).manifest.key
     swapped = Source(source.path, columns={"chosen": "rejected", "rejected": "chosen"})
     other = small_tokenizer(tmp_path / "other", bos="<bos>")
     changed = write(tmp_path / "changed.jsonl", [*ROWS[:-1], {"prompt": "pq", "chosen": "xy", "rejected": 2}])
     keys = [
-        run([source], tokenizer, folder).key,
-        run([changed], tokenizer, folder).key,
-        run([swapped], tokenizer, folder).key,
-        run([source], other, folder).key,
-        run([source], tokenizer, folder, max_length=10).key,
-        run([source], tokenizer, folder, truncation="prompt_start").key,
-        run([source, source], tokenizer, folder).key,
+        run([source], tokenizer, folder).manifest.key,
+        run([changed], tokenizer, folder).manifest.key,
+        run([swapped], tokenizer, folder).manifest.key,
+        run([source], other, folder).manifest.key,
+        run([source], tokenizer, folder, max_length=10).manifest.key,
+        run([source], tokenizer, folder, truncation="prompt_start").manifest.key,
+        run([source, source], tokenizer, folder).manifest.key,
     ]
     assert len(set(keys)) == len(keys)
 
@@ -153,7 +157,7 @@ def test_a_failure_leaves_nothing_behind_but_what_was_there(tokenizer, tmp_path,
 
 def test_what_a_killed_process_left_is_cleared_away(tokenizer, source, tmp_path):
     folder = tmp_path / "data"
-    key = run([source], tokenizer, folder).key
+    key = run([source], tokenizer, folder).manifest.key
     shutil.rmtree(folder / key)
     (folder / f".{key}-0123").mkdir()
     (folder / f".{key}-0123" / "pairs.arrow").write_bytes(b"half")
@@ -165,7 +169,7 @@ def test_what_a_killed_process_left_is_cleared_away(tokenizer, source, tmp_path)
 def _prepare_there(tokenizer: str, path: str, folder: str, barrier, results) -> None:
     loaded = load_tokenizer(tokenizer)
     barrier.wait()
-    results.put(run([Source(path)], loaded, Path(folder)).key)
+    results.put(run([Source(path)], loaded, Path(folder)).manifest.key)
 
 
 def test_processes_that_prepare_at_once_share_one_result(tokenizer, source, tmp_path):

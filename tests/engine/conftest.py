@@ -17,9 +17,9 @@ FAMILIES = {
     "phi": {"model_type": "phi", "num_key_value_heads": 4},
     "deepseek_v3": {
         "model_type": "deepseek_v3",
-        **dict(num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1),
-        **dict(moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8),
-        **dict(qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+        **{"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+        **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
     },
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
 }

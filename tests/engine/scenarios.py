@@ -16,6 +16,7 @@ from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.export import export
+from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
 from dpo_ds.errors import RunError, UserError
@@ -218,7 +219,8 @@ def exports(world: World, model: str, out: str) -> None:
 
 def main(agenda: str) -> None:
     """Runs an agenda, a JSON list of [name, arguments], in one process group, and notes each outcome as it comes."""
-    world = World.join(Identity.from_environment())
+    identity = Identity.from_environment()
+    world = World.join(identity, Meeting(identity))
     for name, arguments in json.loads(Path(agenda).read_text()):
         with Path(agenda).with_suffix(f".{world.rank}.outcomes").open("a") as file:
             try:

@@ -1,0 +1,52 @@
+"""``python -m dpo_ds COMMAND``, also ``dpo-ds COMMAND``: what one process does without ranks."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from dpo_ds.config import parse_run
+from dpo_ds.errors import UserError
+
+COMMANDS = {
+    "plan": "check a run, print what it would do, and leave nothing behind",
+    "prepare": "check a run and tokenize its data, so that no rank waits for it later",
+}
+USAGE = "usage: python -m dpo_ds COMMAND --config RUN.yaml [--section.key value ...]\n\n" + "\n".join(
+    f"  {name:<9}{text}" for name, text in COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Exits with 0 when done, 2 when the user's config or data is wrong.
+
+    Args:
+        argv: the command and its arguments; None takes the process's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    try:
+        _run(argv[0], argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(command: str, argv: Sequence[str]) -> None:
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)[0]
+        raise UserError(f"unknown command {command}; did you mean {nearest}? python -m dpo_ds --help lists them")
+    run = parse_run(argv)._replace(dry_run=command == "plan")
+    os.environ.update(run.config.env)
+    # Only now, so that --help and a mistyped key are answered at once.
+    from dpo_ds.cli.preflight import preflight
+
+    inputs = preflight(run, ranks=1)
+    print(inputs.plan)
+    if command == "prepare":
+        for folder in filter(None, (inputs.train, inputs.evaluation)):
+            print(f"{'prepared':>10}  {folder}")

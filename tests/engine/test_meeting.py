@@ -1,0 +1,70 @@
+"""Two nodes, of which one finds a mistake: both leave, soon, and only that one speaks."""
+
+import os
+import subprocess
+import sys
+from contextlib import closing
+from socket import socket
+
+import pytest
+
+from tests.ranks import REPOSITORY
+
+RANK = """
+import sys
+from dpo_ds.engine.meeting import Meeting
+from dpo_ds.errors import PeerError, UserError
+from dpo_ds.launcher.identity import Identity
+
+identity = Identity.from_environment()
+try:
+    with Meeting(identity) as meeting:
+        if identity.speaks_for_node:
+            if sys.argv[1] == str(identity.rank):
+                raise UserError("the disk is full")
+            meeting.vouch()
+        meeting.wait()
+        meeting.store.add("gone on", 1)
+        while identity.rank == 0 and meeting.store.add("gone on", 0) < identity.size:
+            pass  # the store ends with this rank
+except PeerError:
+    sys.exit(2)
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def meet(refusing: str) -> tuple[list[int], list[str]]:
+    """Four ranks on two nodes; the speaker with that rank refuses."""
+    with closing(socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = [(rank, rank % 2) for rank in range(4)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, refusing],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": "4", "LOCAL_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, local in places
+    ]
+    said = [process.communicate(timeout=100)[1] for process in ranks]
+    return [process.returncode for process in ranks], said
+
+
+@pytest.mark.parametrize("refusing", [0, 2])
+def test_one_nodes_mistake_ends_all_nodes_and_is_said_once(refusing):
+    codes, said = meet(str(refusing))
+    assert [code for rank, code in enumerate(codes) if rank != refusing] == [2, 2, 2]
+    assert said[refusing] == "error: the disk is full\n"
+    assert not any(line for rank, line in enumerate(said) if rank != refusing)
+
+
+def test_nodes_that_pass_go_on_together():
+    assert meet("none")[0] == [0, 0, 0, 0]
