@@ -181,9 +181,9 @@ class DPO(nn.Module):
         loss = result.losses.mean()
         if not return_metrics:
             return loss
-        margins = result.chosen_rewards - result.rejected_rewards
-        accuracies = (margins.sign() + 1) / 2
-        return loss, PreferenceMetrics(result.chosen_rewards, result.rejected_rewards, accuracies, margins)
+        return loss, PreferenceMetrics(
+            result.chosen_rewards, result.rejected_rewards, result.accuracies, result.margins
+        )
 
     def _response_mask(self, side: str, ids: Tensor, prompt_mask: Tensor, seq_mask: Tensor | None) -> Tensor:
         """Returns ``(batch, seq)``, True on the response's tokens that can be scored; raises as ``forward`` says."""

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's config or data is wrong"."""
+"""The exceptions that end a run with one line."""
 
 
 class UserError(Exception):
@@ -19,3 +19,8 @@ class RunError(Exception):
     The message is one line that names the step and what is wrong. The command line prints it as ``error: <message>``
     and exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a library's message, or its class's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -62,6 +62,16 @@ class PreferenceLoss(NamedTuple):
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
+    @property
+    def margins(self) -> Tensor:
+        """The chosen rewards less the rejected ones."""
+        return self.chosen_rewards - self.rejected_rewards
+
+    @property
+    def accuracies(self) -> Tensor:
+        """1 where the margin is positive, 0.5 where it is 0, so that an untrained policy does not start at 0."""
+        return (self.margins.sign() + 1) / 2
+
 
 class LossFunction(Protocol):
     """A loss of each pair: ``(pairs,)``."""

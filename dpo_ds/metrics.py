@@ -53,15 +53,12 @@ def add_pairs(tally: Tally, loss: PreferenceLoss, logps: PairLogps, *, weights: 
         logps: the pairs' summed log-probs.
         weights: ``(pairs,)``, 0 for stand-ins.
     """
-    margins = loss.chosen_rewards - loss.rejected_rewards
-    # A tie is half right, so that an untrained policy does not start at an accuracy of 0.
-    accuracies = (margins > 0).double() + 0.5 * (margins == 0).double()
     values = {
         "loss": loss.losses,
         "rewards/chosen": loss.chosen_rewards,
         "rewards/rejected": loss.rejected_rewards,
-        "rewards/accuracies": accuracies,
-        "rewards/margins": margins,
+        "rewards/accuracies": loss.accuracies,
+        "rewards/margins": loss.margins,
         "logps/chosen": logps.policy_chosen,
         "logps/rejected": logps.policy_rejected,
         "lengths/chosen": logps.chosen_tokens,

@@ -255,8 +255,8 @@ class Trainer:
             if micro_batch.weight and not math.isfinite(value)
         ]
         bad = sorted(pair for pairs in self._world.gather(mine) for pair in pairs)
-        named = ", ".join(self._train.where(pair) for pair in bad[:4])
+        named = ", ".join([*map(self._train.where, bad[:4]), *["..."] * (len(bad) > 4)])
         raise RunError(
-            f"step {step}: the loss is not finite for {len(bad)} pairs ({named}{', ...' * (len(bad) > 4)}); the weights "
+            f"step {step}: the loss is not finite for {len(bad)} pairs ({named}); the weights "
             "are those before the step; lower train.learning_rate, or look at these pairs"
         )

@@ -13,7 +13,7 @@ FLOORS = {
     2: {"models"},
     3: {"engine"},
     4: {"trainer", "gate"},
-    5: {"cli"},
+    5: {"cli", "__main__"},
 }
 LEAVES = {"config", "tracking", "report", "errors", "launcher", "__init__"}
 

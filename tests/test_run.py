@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def run(tmp_path: Path, tiny_chat: Path) -> Run:
 def lines(out: Path, split: str = "train") -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["split"] == split]
+
+
+def works_in(process: Path, folder: Path) -> bool:
+    with suppress(OSError):  # it may have ended meanwhile
+        return (process / "cwd").readlink().is_relative_to(folder)
+    return False
 
 
 def losses(out: Path) -> list[float]:
@@ -196,6 +203,7 @@ def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run,
         "wandb_run_id",
     }
     assert set(Path("/dev/shm").iterdir()) <= before
+    assert not [process for process in Path("/proc").glob("[0-9]*") if works_in(process, out.parent)]
     resolved = yaml.safe_load((out / "config.yaml").read_text())
     assert resolved["data"]["train"] == str(out.parent / "pairs.jsonl")
     assert not any("secret" in path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())

@@ -1,12 +1,37 @@
 """From token ids to the tensors of one micro-batch. The layout of pairs in rows is decided here and nowhere else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_ds.data.tokenization import TokenizedPair
+
+
+class Span(NamedTuple):
+    """Where one pair lies in a packed row: ``prompt | chosen | rejected``, one behind the other.
+
+    Attributes:
+        start: position of the first prompt token.
+        prompt: tokens of the prompt.
+        chosen: tokens of the chosen response.
+        rejected: tokens of the rejected response.
+    """
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + self.prompt + self.chosen + self.rejected
 
 
 @dataclass(frozen=True)
@@ -14,8 +39,8 @@ class PairBatch:
     """Pairs laid out in rows, and where in those rows each response's tokens are predicted.
 
     A scorer needs only this: run the rows, pick the hidden states at ``predicted_at``, score ``targets`` with them, and
-    sum by ``response_of``. It does not know how pairs share rows. Response ``i`` is pair ``i``'s chosen one, response
-    ``pairs + i`` its rejected one.
+    sum by ``response_of``. How pairs share rows is the attention's business. Response ``i`` is pair ``i``'s chosen one,
+    response ``pairs + i`` its rejected one.
 
     Attributes:
         input_ids: ``(rows, length)``, padded to the right with 0, which causal attention never lets a scored token see.
@@ -24,9 +49,10 @@ class PairBatch:
         response_of: ``(scored,)``, in ``[0, 2 * pairs)``.
         response_tokens: ``(2 * pairs,)``, tokens of each response.
         weights: ``(pairs,)``, 1 for a real pair, 0 for a stand-in.
-        ids: the pairs' names, for messages.
         tokens: tokens of the pairs, each prompt counted once, stand-ins not at all.
         filled: positions of ``input_ids`` that are neither padding nor a stand-in's.
+        position_ids: ``(rows, length)``, each token's distance from the first token of its prompt; None: its column.
+        spans: the pairs of the one packed row, in order and without gaps; empty where rows are plain sequences.
     """
 
     input_ids: Tensor
@@ -35,14 +61,50 @@ class PairBatch:
     response_of: Tensor
     response_tokens: Tensor
     weights: Tensor
-    ids: tuple[str, ...]
     tokens: int
     filled: int
+    position_ids: Tensor | None = None
+    spans: tuple[Span, ...] = ()
 
     def to(self, device: torch.device) -> "PairBatch":
         """Returns the batch with its tensors on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
+
+
+def packed_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PairBatch:
+    """Lays all pairs out in one row, each as ``prompt | chosen | rejected``, without padding.
+
+    Both responses follow the prompt that they share: Wang & Hegde 2024, section 3, arXiv:2410.20305. The model must run
+    on an attention that keeps the pairs, and the two responses of a pair, apart.
+
+    Args:
+        pairs: the micro-batch's pairs.
+        weight: 1, or 0 for stand-ins.
+    """
+    parts = [part for pair in pairs for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    lengths = _lengths(pairs)
+    prompt, chosen, _ = lengths.T
+    ends = lengths.sum(1).cumsum()
+    starts = ends - lengths.sum(1)
+    input_ids = np.fromiter(chain.from_iterable(parts), np.int64, count=ends[-1])
+    # A rejected token stands where it would stand if the chosen response were not there.
+    origins = np.stack([starts, starts, starts + chosen], axis=1)
+    position_ids = np.arange(ends[-1]) - np.repeat(origins.ravel(), lengths.ravel())
+    first = starts + prompt
+    return _batch(
+        pairs,
+        input_ids[None],
+        first=np.concatenate([first, first + chosen]),
+        # The last prompt token predicts the first token of both responses.
+        before=np.concatenate([first, first]) - 1,
+        lengths=lengths,
+        weight=weight,
+        filled=int(ends[-1]),
+        position_ids=torch.from_numpy(position_ids[None]),
+        spans=tuple(Span(start, *span) for start, span in zip(starts.tolist(), lengths.tolist(), strict=True)),
+    )
 
 
 def padded_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PairBatch:
@@ -52,26 +114,56 @@ def padded_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> Pair
         pairs: the micro-batch's pairs.
         weight: 1, or 0 for stand-ins.
     """
-    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-    length = max(len(prompt) + len(response) for prompt, response in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    predicted_at, targets, response_of = [], [], []
-    for row, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor([*prompt, *response])
-        # The token at position t is predicted at t - 1: the first response token by the last prompt token.
-        predicted_at.append(row * length + torch.arange(len(prompt) - 1, end - 1))
-        targets.append(input_ids[row, len(prompt) : end])
-        response_of.append(torch.full((len(response),), row))
-    lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+    lengths = _lengths(pairs)
+    input_ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = ids
+    first = np.arange(len(rows)) * input_ids.shape[1] + np.tile(lengths[:, 0], 2)
+    return _batch(
+        pairs,
+        input_ids,
+        first=first,
+        before=first - 1,
+        lengths=lengths,
+        weight=weight,
+        filled=sum(map(len, rows)),
+    )
+
+
+def _lengths(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:
+    """Returns ``(pairs, 3)``: tokens of prompt, chosen and rejected response."""
+    return np.array([(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
+
+
+def _batch(
+    pairs: Sequence[TokenizedPair],
+    input_ids: NDArray[np.int64],
+    *,
+    first: NDArray[np.int64],
+    before: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    weight: float,
+    filled: int,
+    position_ids: Tensor | None = None,
+    spans: tuple[Span, ...] = (),
+) -> PairBatch:
+    """Points at the scored tokens: response ``i`` starts at ``first[i]`` and is predicted from ``before[i]`` on."""
+    response_tokens = np.concatenate([lengths[:, 1], lengths[:, 2]])
+    response_of = np.repeat(np.arange(len(first)), response_tokens)
+    starts = response_tokens.cumsum() - response_tokens
+    target_at = np.arange(len(response_of)) + (first - starts)[response_of]
+    predicted_at = target_at - 1
+    predicted_at[starts] = before
     return PairBatch(
-        input_ids=input_ids,
-        predicted_at=torch.cat(predicted_at),
-        targets=torch.cat(targets),
-        response_of=torch.cat(response_of),
-        response_tokens=torch.tensor([len(response) for _, response in rows]),
+        input_ids=torch.from_numpy(input_ids),
+        predicted_at=torch.from_numpy(predicted_at),
+        targets=torch.from_numpy(input_ids.ravel()[target_at]),
+        response_of=torch.from_numpy(response_of),
+        response_tokens=torch.from_numpy(response_tokens),
         weights=torch.full((len(pairs),), weight),
-        ids=tuple(pair.id for pair in pairs),
-        tokens=sum(lengths) if weight else 0,
-        filled=sum(len(prompt) + len(response) for prompt, response in rows) if weight else 0,
+        tokens=int(lengths.sum()) if weight else 0,
+        filled=filled if weight else 0,
+        position_ids=position_ids,
+        spans=spans,
     )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dpo_ds.dropout import disable_dropout
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, first_line
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -24,7 +24,7 @@ def load_model_config(path: str, *, trust_remote_code: bool = False) -> Pretrain
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the model {path} cannot be opened ({_first_line(error)}); name a folder with a config.json or a hub id"
+            f"the model {path} cannot be opened ({first_line(error)}); name a folder with a config.json or a hub id"
         ) from error
 
 
@@ -62,7 +62,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the weights of {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the weights of {path} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
             named = ", ".join(str(key) for key in sorted(report[kind])[:3])
@@ -113,7 +113,3 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
     softcap = config.get("final_logit_softcapping")
     return Head(linear.weight, linear.bias, scale, float(softcap) if softcap else None)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

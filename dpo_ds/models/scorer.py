@@ -1,11 +1,17 @@
 """The one way in which a model, policy or reference, scores responses. It does not know whether it is sharded."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_ds.data.batch import PairBatch
+from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
+from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.errors import UserError
 from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
+from dpo_ds.models.attention import sharing_prompts, why_not_packable
 from dpo_ds.models.causal_lm import head_of
 
 LOGIT_CHUNK_BYTES = 2**27
@@ -36,7 +42,7 @@ class Scorer(nn.Module):
         """Returns ``(2, pairs)``: the summed log-probs of the chosen (row 0) and of the rejected responses (row 1)."""
         # No attention mask: with padding to the right, causal attention keeps it out of every scored position, and
         # without a mask the attention kernels take their fast path.
-        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
         logps = chunked_target_logps(
             hidden.flatten(0, 1)[batch.predicted_at], batch.targets, head=self.head, chunk_tokens=self._chunk_tokens
         )
@@ -48,9 +54,57 @@ class Scorer(nn.Module):
 
         A head with a step that ``Head`` does not know (a scale, a cap, a bias) shows here.
         """
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.predicted_at]
+        logits = self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.predicted_at]
         sums = sum_by_response(
             target_logps(logits, batch.targets), batch.response_of, responses=len(batch.response_tokens)
         )
         per_token = (self(batch).flatten() - sums) / batch.response_tokens
         return float(per_token.abs().max())
+
+    @torch.no_grad()
+    def differs_when_packed(self, pairs: Sequence[TokenizedPair], *, device: torch.device) -> float:
+        """Returns the largest difference, per token, between packed scoring and scoring each response alone.
+
+        The latter runs on the model's own attention. A model whose tokens reach each other by another way than
+        attention, whose positions are not given by ``position_ids``, or whose attention ignores the pairs' borders
+        shows here.
+
+        Args:
+            pairs: at least two, of unlike lengths; the same on every rank.
+            device: of the model.
+
+        Raises:
+            UserError: the attention wants something that packed pairs cannot have.
+        """
+        alone = padded_batch(pairs).to(device)
+        expected = self(alone)
+        with sharing_prompts(self.model):
+            packed = self(packed_batch(pairs).to(device))
+        return float(((packed - expected).flatten() / alone.response_tokens).abs().max())
+
+    def why_not_packed(self, pairs: Sequence[TokenizedPair], *, bound: float, device: torch.device) -> str | None:
+        """Returns why pairs cannot share rows in this model, None where the pairs prove that they can.
+
+        Args:
+            pairs: at least two, of unlike lengths; the same on every rank.
+            bound: largest difference per token that may come from rounding.
+            device: of the model.
+        """
+        reason = why_not_packable(self.model)
+        if reason is not None:
+            return reason
+        try:
+            difference = self.differs_when_packed(pairs, device=device)
+        except UserError as error:
+            return str(error)
+        if difference <= bound:
+            return None
+        return (
+            f"{type(self.model).__name__} scores packed pairs unlike single ones "
+            f"(log-probs differ by {difference:.2g} a token, bound {bound:g})"
+        )
+
+
+def _inputs(batch: PairBatch) -> dict[str, Any]:
+    layout = {"position_ids": batch.position_ids, "spans": batch.spans} if batch.spans else {}
+    return {"input_ids": batch.input_ids, "use_cache": False, **layout}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ds.data.preferences import Message
 from dpo_ds.data.tokenization import Tokenizer
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer:
             # Exactly this class is what a template's own raise_exception gives; a subclass is a fault in the template.
             if type(error) is TemplateError:
                 return None
-            raise UserError(f"the chat template of {self.name} is faulty: {_first_line(error)}; mend it") from error
+            raise UserError(f"the chat template of {self.name} is faulty: {first_line(error)}; mend it") from error
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer, config and chat template."""
@@ -162,7 +162,7 @@ def _open(path: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises Rust's errors, whose class is plain Exception
         raise UserError(
-            f"the tokenizer {path} cannot be opened ({_first_line(error)}); set model.tokenizer to {_EXPECTED}"
+            f"the tokenizer {path} cannot be opened ({first_line(error)}); set model.tokenizer to {_EXPECTED}"
         ) from error
 
 
@@ -173,7 +173,3 @@ def _identity(tokenizer: Any, specimen: list[int]) -> str:
         rules = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
     parts = [rules, specimen, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

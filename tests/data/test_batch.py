@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from dpo_ds.data.batch import padded_batch
+from dpo_ds.data.batch import Span, packed_batch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 
 PAIRS = [
@@ -32,8 +33,34 @@ def test_a_prompt_counts_once_and_a_stand_in_not_at_all():
     assert (stand_in.tokens, stand_in.filled, stand_in.weights.tolist()) == (0, 0, [0.0])
 
 
-def test_moving_a_batch_moves_every_tensor():
-    moved = padded_batch(PAIRS).to(torch.device("meta"))
+def test_a_packed_row_holds_each_prompt_once_and_no_padding():
+    batch = packed_batch(PAIRS)
+    assert batch.input_ids.tolist() == [[11, 12, 21, 22, 23, 31, 13, 24, 32, 33]]
+    assert batch.spans == (Span(0, 2, 3, 1), Span(6, 1, 1, 2))
+    assert batch.tokens == batch.filled == batch.input_ids.numel()
+    assert batch.response_tokens.tolist() == [3, 1, 1, 2]
+
+
+def test_both_packed_responses_count_their_positions_from_the_end_of_their_prompt():
+    assert packed_batch(PAIRS).position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]]
+
+
+def test_the_last_prompt_token_predicts_the_first_token_of_both_packed_responses():
+    batch = packed_batch(PAIRS)
+    assert batch.targets.tolist() == [21, 22, 23, 24, 31, 32, 33]
+    assert batch.input_ids.flatten()[batch.predicted_at].tolist() == [12, 21, 22, 13, 12, 13, 32]
+    assert batch.predicted_at.tolist() == [1, 2, 3, 6, 1, 6, 8]
+    assert batch.response_of.tolist() == [0, 0, 0, 1, 2, 3, 3]
+
+
+def test_a_packed_stand_in_counts_for_nothing():
+    stand_in = packed_batch(PAIRS[:1], weight=0.0)
+    assert (stand_in.tokens, stand_in.filled, stand_in.weights.tolist()) == (0, 0, [0.0])
+
+
+@pytest.mark.parametrize(("layout", "count"), [(padded_batch, 6), (packed_batch, 7)])
+def test_moving_a_batch_moves_every_tensor(layout, count):
+    moved = layout(PAIRS).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == count
     assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -1,0 +1,297 @@
+"""The attention of packed rows: pairs do not see each other, and the responses of a pair share their prompt.
+
+It takes the place of a model's own attention through transformers' attention interface. No rank may enter.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dpo_ds.data.batch import Span
+from dpo_ds.errors import UserError
+
+ATTENTION = "shared_prompt"
+"""Name under which transformers knows this attention."""
+
+QUERY_BLOCK = 256
+"""Queries whose scores exist at a time, where no kernel does without them."""
+
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def why_not_packable(model: PreTrainedModel) -> str | None:
+    """Returns why pairs cannot share rows in this model, None where nothing speaks against it.
+
+    It looks at the model's code and config only; ``Scorer.why_not_packed`` has the proof.
+    """
+    name = type(model).__name__
+    if not model.base_model.is_backend_compatible():
+        return f"{name} does not use transformers' attention interface"
+    config = model.config.get_text_config()
+    layers = set((config.layer_types if hasattr(config, "layer_types") else None) or ()) - _LAYERS
+    if layers:
+        return f"{name} has layers of another kind than full and sliding attention ({', '.join(sorted(layers))})"
+    return None
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Gives the model the attention that packed batches need; plain batches score as before.
+
+    Args:
+        model: one of which ``why_not_packable`` says None.
+    """
+    AttentionInterface.register(ATTENTION, shared_prompt_attention)
+    AttentionMaskInterface.register(ATTENTION, _window_of_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def sharing_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """Gives the model this attention for a while."""
+    own = model.config._attn_implementation
+    share_prompts(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: int | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    spans: tuple[Span, ...] = (),
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attends within each pair, causally, from the rejected response past the chosen one.
+
+    Wang & Hegde 2024, section 3, arXiv:2410.20305.
+
+    Args:
+        module: the layer.
+        query: ``(batch, heads, length, width)``.
+        key: ``(batch, key_value_heads, length, width)``.
+        value: ``(batch, key_value_heads, length, value_width)``.
+        attention_mask: what takes the mask's place: the layer's sliding window, or None.
+        dropout: must be 0.
+        scaling: factor on the scores; None: ``width ** -0.5``.
+        sliding_window: the layer's window, used where the mask does not tell.
+        softcap: bound of ``softcap * tanh(scores / softcap)`` (Gemma 2), or None.
+        spans: the pairs of every row; without them a row is one sequence.
+        others: what models hand to every attention.
+
+    Returns:
+        ``(batch, length, heads, value_width)``, and no weights.
+
+    Raises:
+        UserError: the layer wants something that packed pairs cannot have.
+    """
+    _refuse(module, query, key, attention_mask, dropout=dropout, others=others)
+    window = sliding_window if attention_mask is None else attention_mask
+    longest = max((s.prompt + max(s.chosen, s.rejected) for s in spans), default=query.shape[2])
+    if window is not None and window >= longest:
+        window = None
+    if not spans and window is None and softcap is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)  # type: ignore[no-any-return]
+    spans = spans or (Span(0, query.shape[2], 0, 0),)
+    if query.device.type == "cuda":
+        mask = block_mask(spans, window=window, device=query.device)
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended: Tensor = _BlockedAttention.apply(query, key, value, spans, window, scale, softcap)  # type: ignore[no-untyped-call]
+    return attended, None
+
+
+def _refuse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: object,
+    *,
+    dropout: float,
+    others: dict[str, Any],
+) -> None:
+    causal = others.get("is_causal")
+    wants = {
+        "a mask of its own": isinstance(attention_mask, Tensor),
+        "dropout": dropout > 0,
+        "attention in both directions": causal is False or (causal is None and not getattr(module, "is_causal", True)),
+        "a cache": key.shape[2] != query.shape[2],
+        "attention sinks": others.get("s_aux") is not None,
+        "a bias on the scores": others.get("position_bias") is not None,
+    }
+    for what, wanted in wants.items():
+        if wanted:
+            raise UserError(f"{type(module).__name__} wants {what}, which packed pairs cannot have; use padded rows")
+
+
+def _window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
+    # Some models (Phi-3.5-MoE, Qwen2-MoE) tell their window to the mask and not to the attention.
+    return local_size
+
+
+@lru_cache(maxsize=8)  # all layers of a micro-batch share it, in forward and in backward
+def block_mask(spans: tuple[Span, ...], *, window: int | None, device: torch.device) -> BlockMask:
+    """Returns FlexAttention's mask of a packed row.
+
+    Args:
+        spans: the pairs.
+        window: tokens that a token sees, itself included; None: all before it.
+        device: of the row.
+    """
+    lengths = torch.tensor([(s.prompt, s.chosen, s.rejected) for s in spans])
+    origins = torch.tensor([(s.start, s.start, s.start + s.chosen) for s in spans])
+    part = torch.arange(3).repeat(len(spans)).repeat_interleave(lengths.flatten()).to(device)
+    pair = torch.arange(len(spans)).repeat_interleave(lengths.sum(1)).to(device)
+    position = (torch.arange(spans[-1].end) - origins.flatten().repeat_interleave(lengths.flatten())).to(device)
+
+    def is_visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = position[query] - position[key]
+        visible = (pair[query] == pair[key]) & ((part[key] == 0) | (part[key] == part[query])) & (distance >= 0)
+        return visible if window is None else visible & (distance < window)
+
+    return create_block_mask(
+        is_visible, None, None, spans[-1].end, spans[-1].end, device=device, _compile=device.type == "cuda"
+    )
+
+
+class _Block(NamedTuple):
+    """Queries of one response, or of a prompt, and the keys that the last of them sees.
+
+    Attributes:
+        rows: the queries.
+        columns: the keys: the prompt's and the response's own, or both in one where they are neighbours.
+        behind: how many of the keys lie before the first query.
+    """
+
+    rows: slice
+    columns: tuple[slice, ...]
+    behind: int
+
+
+def _blocks(spans: tuple[Span, ...], window: int | None) -> Iterator[_Block]:
+    for span in spans:
+        prompt_and_chosen = span.prompt + span.chosen
+        # Positions count from the prompt's first token; a rejected one lies `gap` tokens further in the row.
+        for begin, end, gap in (
+            (0, prompt_and_chosen, 0),
+            (span.prompt, span.prompt + span.rejected, span.chosen),
+        ):
+            for first in range(begin, end, QUERY_BLOCK):
+                last = min(first + QUERY_BLOCK, end)
+                oldest = 0 if window is None else max(0, first - window + 1)
+                shared = slice(span.start + oldest, span.start + span.prompt)
+                own = slice(span.start + gap + max(oldest, span.prompt), span.start + gap + last)
+                columns = (slice(shared.start, own.stop),) if gap == 0 else (shared, own)
+                yield _Block(
+                    slice(span.start + gap + first, span.start + gap + last),
+                    tuple(c for c in columns if c.stop > c.start),
+                    first - oldest,
+                )
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Attention by plain matrix products over blocks of queries, written in place, with grouped heads never copied.
+
+    For short rows on a CPU these products are several times as fast as the fused kernel, above all in backward.
+    Weights of long rows are computed again in backward, so memory grows with the length and not with its square.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: tuple[Span, ...],
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1])
+        kept: list[Tensor | None] = []
+        for block in _blocks(spans, window):
+            queries, keys, values = _of_block(block, query, key, value)
+            weights, _ = _weights(queries, keys, block, window=window, scale=scale, softcap=softcap)
+            _put(out.transpose(1, 2)[:, :, block.rows], torch.bmm(weights, values))
+            keep = weights.shape[-1] <= QUERY_BLOCK and softcap is None and any(ctx.needs_input_grad)
+            kept.append(weights if keep else None)
+        ctx.save_for_backward(query, key, value, out, *kept)
+        ctx.settings = (spans, window, scale, softcap)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *kept = ctx.saved_tensors
+        spans, window, scale, softcap = ctx.settings
+        dquery = torch.empty_like(query)
+        # A prompt's keys gather from both responses, and from every block of them.
+        dkey = torch.zeros_like(key, dtype=torch.float32)
+        dvalue = torch.zeros_like(value, dtype=torch.float32)
+        for block, weights in zip(_blocks(spans, window), kept, strict=True):
+            queries, keys, values = _of_block(block, query, key, value)
+            slope = None
+            if weights is None:
+                weights, slope = _weights(queries, keys, block, window=window, scale=scale, softcap=softcap)
+            dout, attended = (_fold(x.transpose(1, 2)[:, :, block.rows], key) for x in (grad, out))
+            dscores = torch.bmm(dout, values.transpose(1, 2))
+            dscores.sub_((dout.float() * attended.float()).sum(-1, keepdim=True)).mul_(weights)
+            if slope is not None:
+                dscores.mul_(slope)
+            _put(dquery[:, :, block.rows], torch.bmm(dscores, keys).mul_(scale))
+            _add(dkey, block, torch.bmm(dscores.transpose(1, 2), queries).mul_(scale))
+            _add(dvalue, block, torch.bmm(weights.transpose(1, 2), dout))
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None, None
+
+
+def _of_block(block: _Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pieces = ([x[:, :, columns] for columns in block.columns] for x in (key, value))
+    keys, values = (part[0] if len(part) == 1 else torch.cat(part, 2) for part in pieces)
+    return _fold(query[:, :, block.rows], key), _fold(keys, key), _fold(values, key)
+
+
+def _fold(x: Tensor, key: Tensor) -> Tensor:
+    """``(batch, heads, n, width)`` -> ``(batch * key_value_heads, heads per key * n, width)``."""
+    return x.reshape(key.shape[0] * key.shape[1], -1, x.shape[-1])
+
+
+def _put(target: Tensor, folded: Tensor) -> None:
+    target.copy_(folded.view(target.shape))
+
+
+def _add(target: Tensor, block: _Block, folded: Tensor) -> None:
+    grads = folded.view(*target.shape[:2], -1, target.shape[-1])
+    parts = torch.split(grads, [c.stop - c.start for c in block.columns], dim=2)
+    for columns, part in zip(block.columns, parts, strict=True):
+        target[:, :, columns].add_(part)
+
+
+def _weights(
+    queries: Tensor, keys: Tensor, block: _Block, *, window: int | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the attention weights of a block and, with a softcap, the slope of the capped scores."""
+    rows, columns = block.rows.stop - block.rows.start, keys.shape[1]
+    mask = queries.new_full((rows, columns), -torch.inf).triu_(block.behind + 1)
+    if window is not None:
+        mask += queries.new_full((rows, columns), -torch.inf).tril_(block.behind - window)
+    mask = mask.repeat(queries.shape[1] // rows, 1)
+    if softcap is None:
+        return torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale).softmax(-1), None
+    capped = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale / softcap).tanh_()
+    return (capped * softcap + mask).softmax(-1), 1 - capped.square()
