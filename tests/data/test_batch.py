@@ -14,7 +14,6 @@ def test_rows_hold_prompt_and_response_padded_to_the_right_chosen_first():
     batch = padded_batch(PAIRS)
     assert batch.input_ids.tolist() == [[11, 12, 21, 22, 23], [13, 24, 0, 0, 0], [11, 12, 31, 0, 0], [13, 32, 33, 0, 0]]
     assert batch.response_tokens.tolist() == [3, 1, 1, 2]
-    assert batch.ids == ("a", "b")
 
 
 def test_every_response_token_is_predicted_by_the_position_before_it_and_nothing_else_is_scored():
