@@ -1,14 +1,16 @@
-"""The step-0 gate: with equal weights, policy and reference must agree before the first update."""
+"""What must hold before the first update: heads, the layout of rows, and equal scores of equal weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World
-from dpo_ds.errors import RunError
+from dpo_ds.errors import RunError, UserError
+from dpo_ds.models.attention import share_prompts
 
 PER_TOKEN_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference of two log-probs, per token, that may come from rounding in another kernel of that dtype."""
@@ -27,10 +29,7 @@ def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
         UserError: a model does something between its last hidden state and its logits that the scorer does not know.
     """
     # Small, since a model's own logits come all at once.
-    piece = replace(
-        pair, prompt_ids=pair.prompt_ids[-32:], chosen_ids=pair.chosen_ids[:32], rejected_ids=pair.rejected_ids[:32]
-    )
-    batch = padded_batch([piece]).to(world.device)
+    batch = padded_batch([_piece(pair, 32)]).to(world.device)
     for role, engine in (("policy", engines.policy), ("reference", engines.reference)):
         if engine is None:
             continue
@@ -43,6 +42,43 @@ def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
             if wrong
             else None
         )
+
+
+def choose_layout(
+    engines: Engines, pair: TokenizedPair, *, layout: Literal["auto", "packed", "padded"], world: World
+) -> bool:
+    """Returns whether pairs share rows, for which both models are then made ready; collective.
+
+    Args:
+        engines: policy and reference.
+        pair: any pair of the data; pieces of it prove that packed pairs score as single ones do.
+        layout: ``train.layout``.
+        world: the ranks.
+
+    Raises:
+        UserError: ``packed`` is wanted, and a model cannot do it.
+    """
+    if layout == "padded":
+        return False
+    scorers = [engine.model for engine in engines if engine is not None]
+    pieces = [_piece(pair, 32), _piece(pair, 12), _piece(pair, 20)]
+    bound = PER_TOKEN_BOUND[engines.policy.dtype]
+    reasons = [scorer.why_not_packed(pieces, bound=bound, device=world.device) for scorer in scorers]
+    reason = next((named for found in world.gather(reasons) for named in found if named), None)
+    if reason is None:
+        for scorer in scorers:
+            share_prompts(scorer.model)
+        return True
+    if layout == "packed":
+        raise UserError(f"train.layout: packed is not possible: {reason}; use auto or padded")
+    if world.rank == 0:
+        print(f"rows are padded, since {reason}", flush=True)
+    return False
+
+
+def _piece(pair: TokenizedPair, tokens: int) -> TokenizedPair:
+    prompt, chosen, rejected = pair.prompt_ids[-tokens:], pair.chosen_ids[:tokens], pair.rejected_ids[:tokens]
+    return replace(pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
 
 
 def starts_equal(engines: Engines, *, world: World, same_source: bool) -> bool:

@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 _SIZE = 1024
 
@@ -36,23 +38,31 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Floating-point operations that a step's pairs need, each prompt computed once and the head on responses only.
-
-    Attention's own products are left out, so that the count is a lower bound.
+    """Floating-point operations that pairs need, each prompt computed once and the head on responses only.
 
     Attributes:
         backbone: parameters that multiply every token.
         head: parameters of the head.
-        passes: operations per parameter and token: 6 for the policy's forward and backward, 2 for the reference.
+        attention: products of a token with an earlier one, over all layers: for the scores, and with the values.
+        passes: operations per product: 6 for the policy's forward and backward, 2 for the reference.
     """
 
     backbone: int
     head: int
+    attention: int
     passes: int
 
-    def flops(self, *, tokens: float, scored: float) -> float:
-        """Returns the operations for ``tokens`` tokens, of which ``scored`` are of responses."""
-        return self.passes * (self.backbone * tokens + self.head * scored)
+    def flops(
+        self, *, tokens: NDArray[np.int64], scored: NDArray[np.int64], attended: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Returns the operations of each pair, ``(pairs,)``.
+
+        Args:
+            tokens: ``(pairs,)``, tokens of the pair, its prompt counted once.
+            scored: ``(pairs,)``, tokens of both responses.
+            attended: ``(pairs,)``, (token, earlier token) pairs.
+        """
+        return self.passes * (self.backbone * tokens + self.head * scored + self.attention * attended)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

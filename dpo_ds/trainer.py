@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from dpo_ds.config import RunConfig
-from dpo_ds.data.batch import PairBatch, padded_batch
+from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
-from dpo_ds.data.schedule import Plan, Schedule, plan_evaluation, plan_training
+from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training
 from dpo_ds.engine import Engines, World
 from dpo_ds.errors import RunError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
@@ -48,6 +50,7 @@ class Trainer:
         world: World,
         tracker: Tracker,
         matmul_flops: float,
+        packed: bool,
     ) -> None:
         """Composes a run.
 
@@ -59,6 +62,7 @@ class Trainer:
             world: the ranks.
             tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
             matmul_flops: operations a second of all ranks' matrix products together, for ``mfu``.
+            packed: whether all pairs of a micro-batch share one row, and its responses their prompt.
         """
         self._engines = engines
         self._config = config
@@ -67,7 +71,10 @@ class Trainer:
         self._world = world
         self._tracker = tracker
         self._matmul_flops = matmul_flops
-        self._cost = StepCost(*engines.policy.parameter_counts(), passes=6 if engines.reference is None else 8)
+        self._packed = packed
+        self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
+        self._train_costs = self._costs(train)
+        self._train_rows = self._rows(train)
         self.schedule = Schedule.of_run(
             pairs=len(train),
             pairs_per_step=config.train.pairs_per_step,
@@ -140,7 +147,8 @@ class Trainer:
         """
         settings = self._config.train
         clock = Stopwatch(self._world.synchronize)
-        pairs = len(self.schedule.pairs_of_step(step))
+        indices = self.schedule.pairs_of_step(step)
+        pairs = len(indices)
         plan = self._plan(step)
         batches = list(self._batches(self._train, plan))
         clock.lap("seconds/batches")
@@ -176,7 +184,6 @@ class Trainer:
             raise RunError(f"step {step}: the gradient's norm is {grad_norm}; lower train.learning_rate")
         clock.lap("seconds/update")
         seconds = clock.total()
-        scored = sums["lengths/chosen"] + sums["lengths/rejected"]
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
             "grad_norm": grad_norm,
             "learning_rate": rate,
@@ -185,7 +192,7 @@ class Trainer:
             "fill_rate": sums["work/filled"] / sums["work/positions"],
             "step_seconds": seconds,
             "tokens_per_second": sums["work/tokens"] / seconds,
-            "mfu": self._cost.flops(tokens=sums["work/tokens"], scored=scored) / (seconds * self._matmul_flops),
+            "mfu": self._train_costs[indices].sum() / (seconds * self._matmul_flops),
             **{name: clock.laps[name] for name in ("seconds/batches", "seconds/wait", "seconds/update")},
         }
 
@@ -204,7 +211,7 @@ class Trainer:
             return {}
         plan = plan_evaluation(
             range(len(self._evaluation)),
-            row_lengths=self._evaluation.row_lengths,
+            rows=self._rows(self._evaluation),
             ranks=self._world.size,
             tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
         )
@@ -220,14 +227,24 @@ class Trainer:
     def _plan(self, step: int) -> Plan:
         return plan_training(
             self.schedule.pairs_of_step(step),
-            row_lengths=self._train.row_lengths,
+            rows=self._train_rows,
             ranks=self._world.size,
             tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
         )
 
+    def _costs(self, pairs: PreparedPairs) -> NDArray[np.float64]:
+        lengths = pairs.lengths
+        return self._cost.flops(tokens=lengths.tokens, scored=lengths.scored, attended=lengths.attended)
+
+    def _rows(self, pairs: PreparedPairs) -> Rows:
+        if self._packed:
+            return PackedRows(pairs.lengths.tokens, self._costs(pairs))
+        return PaddedRows(pairs.lengths.longer)
+
     def _batches(self, pairs: PreparedPairs, plan: Plan) -> Iterator[PairBatch]:
         for micro_batch in plan[self._world.rank]:
-            batch = padded_batch([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
+            lay_out = packed_batch if self._packed else padded_batch
+            batch = lay_out([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
             yield batch.to(self._world.device)
 
     def _reference_logps(self, batch: PairBatch) -> Tensor:

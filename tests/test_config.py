@@ -206,7 +206,6 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("reference.mode", "adapter", "must be 'engine' or 'none' in this version, got 'adapter': "),
         ("reference.tokens_per_micro_batch", "9", "must be null in this version, got 9: "),
         ("reference.cache_dir", "x", "must be null in this version, got 'x': "),
-        ("train.layout", "packed", "must be 'auto' or 'padded' in this version, got 'packed': "),
         ("checkpoint.every", "5", "must be null in this version, got 5: "),
         ("checkpoint.keep", "1", "must be 2 in this version, got 1: "),
         ("checkpoint.resume", "never", "must be 'auto' in this version, got 'never': "),

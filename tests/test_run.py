@@ -115,9 +115,10 @@ def plain_losses(tiny_chat: Path) -> list[float]:
     return dpo_losses(model, steps, beta=0.1, learning_rate=1e-3, clip=1.0)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_six_steps_lose_what_a_plain_loop_loses_on_any_number_of_ranks(run, plain_losses, ranks):
-    finished, out = run(ranks, rows=rows_of_words(24))
+def test_six_steps_lose_what_a_plain_loop_loses_on_any_number_of_ranks(run, plain_losses, ranks, layout):
+    finished, out = run(ranks, rows=rows_of_words(24), train={"layout": layout})
     finished.expect_success()
     assert losses(out) == pytest.approx(plain_losses, abs=1e-5)
     assert abs(losses(out)[0] - math.log(2)) < 1e-6
@@ -129,11 +130,26 @@ def test_one_rank_by_four_is_two_by_two_is_four_by_one(run, plain_losses):
     # The longest pair takes 2 x 47 tokens, so that a budget of 100 holds one pair.
     by_split = []
     for ranks, budget in ((1, 100), (2, 100), (4, 100), (1, 2000)):
-        finished, out = run(ranks, rows=rows_of_words(24), train={"tokens_per_micro_batch": budget})
+        split = {"tokens_per_micro_batch": budget, "layout": "padded"}
+        finished, out = run(ranks, rows=rows_of_words(24), train=split)
         finished.expect_success()
         by_split.append(losses(out))
     for split in by_split:
         assert split == pytest.approx(plain_losses, abs=1e-5)
+
+
+def test_twenty_steps_lose_the_same_packed_and_padded(run):
+    by_layout = []
+    for layout in ("packed", "padded"):
+        finished, out = run(2, rows=rows_of_words(80), train={"layout": layout, "learning_rate": 3e-4})
+        finished.expect_success()
+        by_layout.append(lines(out))
+    packed, padded = ([line["loss"] for line in some] for some in by_layout)
+    assert len(packed) == 20
+    assert packed == pytest.approx(padded, abs=1e-5)
+    assert packed[-1] < packed[0] - 0.05
+    assert all(line["fill_rate"] == 1.0 for line in by_layout[0])
+    assert by_layout[0][0]["tokens"] == by_layout[1][0]["tokens"]
 
 
 def test_bfloat16_starts_at_rewards_of_exactly_zero_and_learns(run):

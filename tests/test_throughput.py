@@ -1,10 +1,13 @@
+import numpy as np
 import torch
 
 from dpo_ds.throughput import StepCost, Stopwatch, matmul_flops
 
 
 def test_the_head_is_counted_on_scored_tokens_only():
-    assert StepCost(backbone=100, head=10, passes=8).flops(tokens=7, scored=3) == 8 * (700 + 30)
+    cost = StepCost(backbone=100, head=10, attention=2, passes=8)
+    flops = cost.flops(tokens=np.array([7, 1]), scored=np.array([3, 1]), attended=np.array([20.0, 0.5]))
+    assert flops.tolist() == [8 * (700 + 30 + 40), 8 * (100 + 10 + 1)]
 
 
 def test_laps_add_up_to_the_time_that_passed():

@@ -196,11 +196,15 @@ def _check_sizes(config: RunConfig, train: PreparedPairs, evaluation: PreparedPa
             f"train.pairs_per_step is {wanted}, but data.train has only {len(train)} usable pairs; "
             "lower train.pairs_per_step or give more data"
         )
-    longest = max(int(pairs.row_lengths.max()) for pairs in (train, evaluation) if pairs is not None)
+    lengths = [pairs.lengths for pairs in (train, evaluation) if pairs is not None]
+    if config.train.layout == "packed":
+        least, what = max(int(some.tokens.max()) for some in lengths), "the tokens"
+    else:
+        least, what = max(2 * int(some.longer.max()) for some in lengths), "the two rows"
     budget = config.train.tokens_per_micro_batch
-    if 2 * longest > budget:
+    if least > budget:
         raise UserError(
-            f"train.tokens_per_micro_batch must be >= {2 * longest}, the two rows of the longest pair, got {budget}; "
+            f"train.tokens_per_micro_batch must be >= {least}, {what} of the longest pair, got {budget}; "
             "raise it, or lower data.max_length"
         )
 
@@ -229,7 +233,7 @@ def _plan(
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
         "pairs": f"{_usable(train)} to train on" + (f", {_usable(evaluation)} held out" if evaluation else ""),
         "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "
-        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {train.row_lengths.max()}",
+        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {lengths.tokens.max()}",
         "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
         f"learning rate {settings.learning_rate:g} ({settings.schedule})",
         "output": config.output_dir,

@@ -13,7 +13,7 @@ from dpo_ds.data.prepare import open_prepared
 from dpo_ds.engine import World, initialize
 from dpo_ds.engine.export import export
 from dpo_ds.engine.meeting import Meeting
-from dpo_ds.gate import check_heads
+from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.models.causal_lm import load_model_config
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -57,6 +57,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     )
     pairs = open_prepared(inputs.train)
     check_heads(engines, pairs.pair(0), world=world)
+    packed = choose_layout(engines, pairs.pair(0), layout=config.train.layout, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, dtype), device=world.device)))
     tracker = _tracker(inputs, world)
     trainer = Trainer(
@@ -67,6 +68,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
         world=world,
         tracker=tracker,
         matmul_flops=speed,
+        packed=packed,
     )
     if trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
         print("step-0 gate: policy and reference have equal weights and score alike", flush=True)

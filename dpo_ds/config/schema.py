@@ -91,7 +91,9 @@ class TrainConfig:
 
     pairs_per_step: int = _key(16, "pairs in one optimizer step, over all ranks")
     tokens_per_micro_batch: int = _key(4096, "tokens that one rank puts through the model at once")
-    layout: Literal["auto", "packed", "padded"] = _key("auto", "how pairs share a micro-batch")
+    layout: Literal["auto", "packed", "padded"] = _key(
+        "auto", "packed: pairs in one row, each prompt once; auto: where the model allows it"
+    )
     activation_checkpointing: Literal["none", "full"] = _key(
         "none", "full: keep only each layer's input and compute the rest again in backward"
     )
@@ -183,7 +185,6 @@ _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("reference.mode", ("engine", "none"), "the reference is a live engine or absent"),
     ("reference.tokens_per_micro_batch", (None,), "the reference scores the policy's micro-batches"),
     ("reference.cache_dir", (None,), "no log-probs are cached"),
-    ("train.layout", ("auto", "padded"), "rows are padded"),
     ("checkpoint.every", (None,), "a run cannot be resumed"),
     ("checkpoint.keep", (2,), "a run cannot be resumed"),
     ("checkpoint.keep_every", (None,), "a run cannot be resumed"),

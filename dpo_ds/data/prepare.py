@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dpo_ds.data.preferences import DropReason, load_rows, read_preference
 from dpo_ds.data.preferences import Source as Source
+from dpo_ds.data.schedule import Lengths
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
 from dpo_ds.errors import UserError
 
@@ -45,14 +45,6 @@ _SCHEMA = pa.schema(
         "rejected_ids": _IDS,
     }
 )
-
-
-class Lengths(NamedTuple):
-    """Tokens of each pair's parts, ``(pairs,)`` each."""
-
-    prompt: NDArray[np.int64]
-    chosen: NDArray[np.int64]
-    rejected: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -127,11 +119,6 @@ class PreparedPairs:
                 for name in ("prompt_ids", "chosen_ids", "rejected_ids")
             )
         )
-
-    @cached_property
-    def row_lengths(self) -> NDArray[np.int64]:
-        """Tokens of prompt + longer response, ``(pairs,)``."""
-        return self.lengths.prompt + np.maximum(self.lengths.chosen, self.lengths.rejected)
 
 
 def prepare(

@@ -6,7 +6,7 @@ Pure functions of (seed, epoch, step) and of lengths. No token and no tensor may
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,59 +79,156 @@ Plan = tuple[tuple[MicroBatch, ...], ...]
 """``plan[rank]`` are that rank's micro-batches; every rank has as many, or ZeRO-3's collectives would hang."""
 
 
-def plan_training(
-    pairs: Iterable[int], *, row_lengths: NDArray[np.int64], ranks: int, tokens_per_micro_batch: int
-) -> Plan:
-    """Splits one step over ranks and micro-batches under a token budget, balancing the ranks' padded tokens.
+class Lengths(NamedTuple):
+    """Tokens of each pair's parts, ``(pairs,)`` each."""
+
+    prompt: NDArray[np.int64]
+    chosen: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+
+    @property
+    def longer(self) -> NDArray[np.int64]:
+        """Tokens of prompt + longer response."""
+        return self.prompt + np.maximum(self.chosen, self.rejected)
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """Tokens of both responses."""
+        return self.chosen + self.rejected
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Tokens of the pair, its prompt counted once."""
+        return self.prompt + self.scored
+
+    @property
+    def attended(self) -> NDArray[np.float64]:
+        """How many (token, earlier token) products attention takes where the responses share their prompt."""
+        prompt, chosen, rejected = (part.astype(np.float64) for part in self)
+        return prompt**2 / 2 + sum(response * (prompt + response / 2) for response in (chosen, rejected))
+
+
+class Rows(Protocol):
+    """How pairs share the rows of a micro-batch, and what that costs."""
+
+    def split(self, pairs: Sequence[int], *, budget: int, multiple_of: int) -> list[tuple[int, ...]]:
+        """Returns micro-batches of at most ``budget`` positions; ``multiple_of`` divides their number if it can."""
+
+    def cost(self, pairs: Sequence[int]) -> float:
+        """Returns the cost of one micro-batch, in any unit."""
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Two rows a pair, padded to the longest.
+
+    Attributes:
+        longer: ``(all pairs,)``, tokens of prompt + longer response.
+    """
+
+    longer: NDArray[np.int64]
+
+    def cost(self, pairs: Sequence[int]) -> float:
+        """Returns the positions of one micro-batch, padding included."""
+        return 2 * len(pairs) * max(int(self.longer[pair]) for pair in pairs)
+
+    def split(self, pairs: Sequence[int], *, budget: int, multiple_of: int) -> list[tuple[int, ...]]:
+        """Returns micro-batches of pairs of about one length."""
+        longest_first = sorted(pairs, key=lambda pair: (-self.longer[pair], pair))
+        wanted = _rounded_up(len(self._filled(longest_first, budget)), multiple_of)
+        # The smallest budget that needs no more micro-batches makes the costliest one as cheap as it can be.
+        smallest = 2 * int(self.longer[longest_first[0]])
+        budgets = range(smallest, max(smallest, budget) + 1)
+        balanced = bisect_left(budgets, -wanted, key=lambda budget: -len(self._filled(longest_first, budget)))
+        batches = self._filled(longest_first, budgets[balanced])
+        while len(batches) < wanted and any(len(batch) > 1 for batch in batches):
+            costliest = max((batch for batch in batches if len(batch) > 1), key=self.cost)
+            batches.remove(costliest)
+            middle = len(costliest) // 2
+            batches += [costliest[:middle], costliest[middle:]]
+        return batches
+
+    def _filled(self, longest_first: Sequence[int], budget: int) -> list[tuple[int, ...]]:
+        batches = []
+        while longest_first:
+            # A pair over the budget is refused at preflight.
+            size = max(1, budget // (2 * int(self.longer[longest_first[0]])))
+            batches.append(tuple(longest_first[:size]))
+            longest_first = longest_first[size:]
+        return batches
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """All pairs in one row, each with its prompt once, without padding.
+
+    Attributes:
+        tokens: ``(all pairs,)``, tokens of prompt, chosen and rejected response.
+        costs: ``(all pairs,)``, what a pair costs, in any unit.
+    """
+
+    tokens: NDArray[np.int64]
+    costs: NDArray[np.float64]
+
+    def cost(self, pairs: Sequence[int]) -> float:
+        """Returns the sum of the pairs' costs."""
+        return float(self.costs[list(pairs)].sum())
+
+    def split(self, pairs: Sequence[int], *, budget: int, multiple_of: int) -> list[tuple[int, ...]]:
+        """Returns as few micro-batches as hold the pairs, of about one cost.
+
+        The costliest pair goes first, always to the micro-batch that is cheapest so far (Graham 1969).
+        """
+        costliest_first = sorted(pairs, key=lambda pair: (-self.costs[pair], pair))
+        fewest = -(-int(self.tokens[costliest_first].sum()) // budget)
+        for count in range(_rounded_up(max(1, fewest), multiple_of), len(pairs), multiple_of):
+            batches = self._spread(costliest_first, count, budget)
+            if batches is not None:
+                return batches
+        return [(pair,) for pair in costliest_first]
+
+    def _spread(self, costliest_first: Sequence[int], count: int, budget: int) -> list[tuple[int, ...]] | None:
+        costs, room = np.zeros(count), np.full(count, budget)
+        batches: list[tuple[int, ...]] = [()] * count
+        for pair in costliest_first:
+            fitting = room >= self.tokens[pair]
+            if not fitting.any():
+                return None
+            cheapest = int(np.where(fitting, costs, np.inf).argmin())
+            batches[cheapest] += (pair,)
+            costs[cheapest] += self.costs[pair]
+            room[cheapest] -= self.tokens[pair]
+        return batches
+
+
+def plan_training(pairs: Iterable[int], *, rows: Rows, ranks: int, tokens_per_micro_batch: int) -> Plan:
+    """Splits one step over ranks and micro-batches under a token budget, balancing what they cost.
 
     Args:
         pairs: indices of the step's pairs.
-        row_lengths: ``(all pairs,)``, tokens of prompt + longer response.
+        rows: how pairs share rows.
         ranks: number of ranks.
-        tokens_per_micro_batch: bound on a micro-batch's tokens, padding included, per rank.
+        tokens_per_micro_batch: bound on a micro-batch's positions, padding included, per rank.
     """
-    pairs = sorted(pairs)
-    wanted = -(-len(_fill(pairs, row_lengths, tokens_per_micro_batch)) // ranks) * ranks
-    # The smallest budget that needs no more micro-batches makes the costliest one as cheap as it can be.
-    smallest = 2 * int(row_lengths[pairs].max())
-    budgets = range(smallest, max(smallest, tokens_per_micro_batch) + 1)
-    balanced = bisect_left(budgets, -wanted, key=lambda budget: -len(_fill(pairs, row_lengths, budget)))
-    batches = _fill(pairs, row_lengths, budgets[balanced])
-    while len(batches) < wanted and any(len(batch) > 1 for batch in batches):
-        costliest = max((b for b in batches if len(b) > 1), key=lambda batch: _cost(batch, row_lengths))
-        batches.remove(costliest)
-        middle = len(costliest) // 2
-        batches += [costliest[:middle], costliest[middle:]]
-    return _deal(batches, row_lengths, ranks)
+    pairs = sorted(int(pair) for pair in pairs)
+    return _deal(rows.split(pairs, budget=tokens_per_micro_batch, multiple_of=ranks), rows, ranks)
 
 
-def plan_evaluation(
-    pairs: Iterable[int], *, row_lengths: NDArray[np.int64], ranks: int, tokens_per_micro_batch: int
-) -> Plan:
+def plan_evaluation(pairs: Iterable[int], *, rows: Rows, ranks: int, tokens_per_micro_batch: int) -> Plan:
     """Splits an evaluation into micro-batches that do not depend on the number of ranks, then deals them to the ranks.
 
     A pair's log-probs depend in the last bits on the batch that it is in, so equal micro-batches make an evaluation's
     result the same on any number of ranks. Arguments as for ``plan_training``.
     """
-    return _deal(_fill(pairs, row_lengths, tokens_per_micro_batch), row_lengths, ranks)
+    pairs = sorted(int(pair) for pair in pairs)
+    return _deal(rows.split(pairs, budget=tokens_per_micro_batch, multiple_of=1), rows, ranks)
 
 
-def _fill(pairs: Iterable[int], row_lengths: NDArray[np.int64], budget: int) -> list[tuple[int, ...]]:
-    longest_first = sorted(pairs, key=lambda pair: (-row_lengths[pair], pair))
-    batches = []
-    while longest_first:
-        # Two rows a pair, padded to the first, which is the longest. A pair over the budget is refused at preflight.
-        size = max(1, budget // (2 * int(row_lengths[longest_first[0]])))
-        batches.append(tuple(int(pair) for pair in longest_first[:size]))
-        longest_first = longest_first[size:]
-    return batches
-
-
-def _deal(batches: Sequence[tuple[int, ...]], row_lengths: NDArray[np.int64], ranks: int) -> Plan:
-    costliest_first = sorted(batches, key=lambda batch: (-_cost(batch, row_lengths), batch))
+def _deal(batches: Sequence[tuple[int, ...]], rows: Rows, ranks: int) -> Plan:
+    costliest_first = sorted(batches, key=lambda batch: (-rows.cost(batch), batch))
     rounds = -(-len(batches) // ranks)
-    shortest = min((pair for batch in batches for pair in batch), key=lambda pair: (row_lengths[pair], pair))
-    stand_ins = [MicroBatch((shortest,), weight=0.0)] * (rounds * ranks - len(batches))
+    cheapest = min((pair for batch in batches for pair in batch), key=lambda pair: (rows.cost([pair]), pair))
+    stand_ins = [MicroBatch((cheapest,), weight=0.0)] * (rounds * ranks - len(batches))
     dealt = [MicroBatch(batch) for batch in costliest_first] + stand_ins
     # In a round all ranks hold batches of about one cost, so that none waits long; the direction alternates, so that
     # no rank always holds the costliest.
@@ -142,5 +239,5 @@ def _deal(batches: Sequence[tuple[int, ...]], row_lengths: NDArray[np.int64], ra
     )
 
 
-def _cost(batch: tuple[int, ...], row_lengths: NDArray[np.int64]) -> int:
-    return 2 * len(batch) * max(int(row_lengths[pair]) for pair in batch)
+def _rounded_up(count: int, multiple_of: int) -> int:
+    return -(-count // multiple_of) * multiple_of

@@ -90,13 +90,15 @@ class PolicyEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def parameter_counts(self) -> tuple[int, int]:
-        """Returns how many parameters multiply every token, and how many the head has."""
+    def products(self) -> tuple[int, int, int]:
+        """Returns how many parameters multiply every token, how many the head has, and ``StepCost.attention``."""
         model = self.model.model
         head: ZeroParameter = self.model.head.weight
         parameters: list[ZeroParameter] = list(model.parameters())
         lookups = {id(model.get_input_embeddings().weight), id(head)}
-        return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel
+        config = model.config.get_text_config()
+        attention = 2 * config.num_hidden_layers * config.hidden_size
+        return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel, attention
 
     def fingerprint(self) -> str:
         """Returns the digest of the weights as they are now."""

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ds.data.schedule import Plan, Schedule, plan_evaluation, plan_training
+from dpo_ds.data.schedule import Lengths, PackedRows, PaddedRows, Plan, Schedule, plan_evaluation, plan_training
 
 
 def schedule(**changes: object) -> Schedule:
@@ -45,45 +45,73 @@ def assert_runs_everywhere(plan: Plan, pairs: list[int], ranks: int) -> None:
     assert all(len(batch.pairs) >= 1 for rank in plan for batch in rank)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    ranks=st.integers(1, 5),
-    budget=st.integers(100, 400),
-)
+PARTS = st.tuples(st.integers(1, 30), st.integers(1, 15), st.integers(1, 15))
+
+
+@given(parts=st.lists(PARTS, min_size=1, max_size=40), ranks=st.integers(1, 5), budget=st.integers(100, 400))
 @pytest.mark.parametrize("planner", [plan_training, plan_evaluation])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_plan_holds_every_pair_once_within_the_budget_and_as_many_micro_batches_on_every_rank(
-    planner, lengths, ranks, budget
+    planner, layout, parts, ranks, budget
 ):
-    pairs = list(range(len(lengths)))
-    plan = planner(pairs, row_lengths=np.array(lengths), ranks=ranks, tokens_per_micro_batch=budget)
-    assert_runs_everywhere(plan, pairs, ranks)
+    lengths = Lengths(*np.array(parts).T)
+    rows = PaddedRows(lengths.longer) if layout == "padded" else PackedRows(lengths.tokens, lengths.attended)
+    plan = planner(range(len(parts)), rows=rows, ranks=ranks, tokens_per_micro_batch=budget)
+    assert_runs_everywhere(plan, list(range(len(parts))), ranks)
     for rank in plan:
         for batch in rank:
-            assert 2 * len(batch.pairs) * max(lengths[pair] for pair in batch.pairs) <= budget
+            held = [parts[pair] for pair in batch.pairs]
+            padded = 2 * len(held) * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in held)
+            assert (padded if layout == "padded" else sum(map(sum, held))) <= budget
+
+
+def test_lengths_of_a_pair_count_its_prompt_once():
+    lengths = Lengths(np.array([4]), np.array([2]), np.array([3]))
+    assert (lengths.longer, lengths.scored, lengths.tokens) == (7, 5, 9)
+    # The prompt's tokens see half of it each, a response's the whole prompt and half of itself.
+    assert lengths.attended == 4 * 2 + 2 * (4 + 1) + 3 * (4 + 1.5)
+
+
+def test_packed_rows_are_filled_tightly_and_cost_every_rank_the_same():
+    draw = np.random.RandomState(0)
+    tokens = draw.randint(20, 400, 64)
+    rows = PackedRows(tokens, tokens.astype(float))
+    plan = plan_training(range(64), rows=rows, ranks=4, tokens_per_micro_batch=1024)
+    sums = np.array([[tokens[list(batch.pairs)].sum() for batch in rank] for rank in plan])
+    assert sums.size == -(-tokens.sum() // 1024 // 4) * 4, "more micro-batches than the tokens need"
+    # Ranks wait for each other after every micro-batch.
+    assert (np.ptp(sums, axis=0) < 0.02 * sums.mean(axis=0)).all()
+
+
+def test_a_pair_that_no_other_fits_beside_has_a_row_of_its_own():
+    tokens = np.array([90, 90, 90, 20])
+    plan = plan_training(range(4), rows=PackedRows(tokens, tokens.astype(float)), ranks=1, tokens_per_micro_batch=100)
+    assert [batch.pairs for batch in plan[0]] == [(0,), (1,), (2,), (3,)]
 
 
 def test_a_micro_batch_is_split_rather_than_a_stand_in_added():
-    plan = plan_training(range(4), row_lengths=np.full(4, 10), ranks=2, tokens_per_micro_batch=1000)
+    plan = plan_training(range(4), rows=PaddedRows(np.full(4, 10)), ranks=2, tokens_per_micro_batch=1000)
     assert [[batch.pairs for batch in rank] for rank in plan] == [[(0, 1)], [(2, 3)]]
     assert all(batch.weight == 1 for rank in plan for batch in rank)
 
 
 def test_ranks_share_a_step_evenly_although_one_micro_batch_could_hold_most_of_it():
     lengths = np.array([150, 140, 130, 120, 110, 100, 90, 80])
-    plan = plan_training(range(8), row_lengths=lengths, ranks=2, tokens_per_micro_batch=2048)
+    plan = plan_training(range(8), rows=PaddedRows(lengths), ranks=2, tokens_per_micro_batch=2048)
     # 8 rows of 150 and 8 of 110 tokens; filling the budget first would give 12 of 150 and 4 of 90.
     assert [[batch.pairs for batch in rank] for rank in plan] == [[(0, 1, 2, 3)], [(4, 5, 6, 7)]]
 
 
 def test_a_rank_without_a_pair_gets_the_shortest_as_a_stand_in_that_counts_for_nothing():
-    plan = plan_training([0, 1], row_lengths=np.array([9, 5]), ranks=3, tokens_per_micro_batch=100)
+    plan = plan_training([0, 1], rows=PaddedRows(np.array([9, 5])), ranks=3, tokens_per_micro_batch=100)
     assert [(batch.pairs, batch.weight) for rank in plan for batch in rank] == [((0,), 1), ((1,), 1), ((1,), 0)]
 
 
 def test_the_micro_batches_of_an_evaluation_do_not_depend_on_the_number_of_ranks():
     lengths = np.random.RandomState(0).randint(5, 60, 37)
     plans = [
-        plan_evaluation(range(37), row_lengths=lengths, ranks=ranks, tokens_per_micro_batch=300) for ranks in (1, 2, 3)
+        plan_evaluation(range(37), rows=PaddedRows(lengths), ranks=ranks, tokens_per_micro_batch=300)
+        for ranks in (1, 2, 3)
     ]
     batches = [sorted(batch.pairs for rank in plan for batch in rank if batch.weight) for plan in plans]
     assert batches[0] == batches[1] == batches[2]
@@ -91,5 +119,5 @@ def test_the_micro_batches_of_an_evaluation_do_not_depend_on_the_number_of_ranks
 
 def test_the_longest_pairs_come_first_so_that_memory_runs_out_at_once_or_never():
     lengths = np.array([3, 50, 4, 40, 5, 30])
-    plan = plan_training(range(6), row_lengths=lengths, ranks=1, tokens_per_micro_batch=100)
+    plan = plan_training(range(6), rows=PaddedRows(lengths), ranks=1, tokens_per_micro_batch=100)
     assert plan[0][0].pairs == (1,)
