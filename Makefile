@@ -1,4 +1,4 @@
-# make demo: the main job on two CPU ranks; make test: all tests. Both make .venv first.
+# make demo: the main job on two CPU ranks; make test: all tests; make bench: speed beside others. All make .venv first.
 # PIP_ARGS reaches every pip install, e.g. PIP_ARGS='--index-url ...' for an index or a CUDA build of your own.
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 RUN := runs/smollm2-cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/pip install $(PIP_ARGS) -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.speed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -74,7 +74,11 @@ def initialize(
 
     policy_scorer = scorer(policy, policy_config)
     if activation_checkpointing:
-        policy_scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = policy_scorer.model
+        # The second is its name before transformers 5.23.
+        renamed = hasattr(model, "activation_checkpointing_enable")
+        enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     policy_engine = PolicyEngine(
         policy_scorer,
         ds_config=policy_config,

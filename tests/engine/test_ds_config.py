@@ -37,6 +37,7 @@ def test_every_situation_has_its_files():
         "zero3_offload_optimizer",
         "zero3_offload_parameters",
         "zero3_cpu",
+        "zero3_large_cpu",
         "zero3_reference",
         "zero3_reference_offload",
         "zero3_reference_cpu",
