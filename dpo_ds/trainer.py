@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dpo_ds.config import RunConfig
 from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
-from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training
+from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training, regroup
 from dpo_ds.engine import Engines, World
 from dpo_ds.errors import RunError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
@@ -153,7 +153,7 @@ class Trainer:
         batches = list(self._batches(self._train, plan))
         clock.lap("seconds/batches")
         # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
-        references = [self._reference_logps(batch) for batch in batches]
+        references = self._step_reference_logps(plan, batches)
         clock.lap("seconds/reference")
         tally = Tally(self._world.device)
         losses = []
@@ -246,6 +246,18 @@ class Trainer:
             lay_out = packed_batch if self._packed else padded_batch
             batch = lay_out([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
             yield batch.to(self._world.device)
+
+    def _step_reference_logps(self, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
+        budget = self._config.reference.tokens_per_micro_batch
+        if budget is None or self._engines.reference is None:
+            return [self._reference_logps(batch) for batch in batches]
+        larger = regroup(plan, rows=self._train_rows, tokens_per_micro_batch=budget)
+        logps = {
+            pair: scores
+            for micro_batch, batch in zip(larger[self._world.rank], self._batches(self._train, larger), strict=True)
+            for pair, scores in zip(micro_batch.pairs, self._engines.reference.score(batch).T, strict=True)
+        }
+        return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._world.rank]]
 
     def _reference_logps(self, batch: PairBatch) -> Tensor:
         if self._engines.reference is None:

@@ -204,7 +204,7 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("output_dir", "", "must be the name of a folder, got ''"),
         ("reference.mode", "cache", "must be 'engine' or 'none' in this version, got 'cache': "),
         ("reference.mode", "adapter", "must be 'engine' or 'none' in this version, got 'adapter': "),
-        ("reference.tokens_per_micro_batch", "9", "must be null in this version, got 9: "),
+        ("reference.tokens_per_micro_batch", "9", r"must be null or >= train.tokens_per_micro_batch, got 9"),
         ("reference.cache_dir", "x", "must be null in this version, got 'x': "),
         ("checkpoint.every", "5", "must be null in this version, got 5: "),
         ("checkpoint.keep", "1", "must be 2 in this version, got 1: "),

@@ -152,6 +152,14 @@ def test_twenty_steps_lose_the_same_packed_and_padded(run):
     assert by_layout[0][0]["tokens"] == by_layout[1][0]["tokens"]
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_reference_with_larger_micro_batches_gives_the_same_losses(run, plain_losses, layout):
+    split = {"tokens_per_micro_batch": 100, "layout": layout}
+    finished, out = run(2, rows=rows_of_words(24), train=split, reference={"tokens_per_micro_batch": 400})
+    finished.expect_success()
+    assert losses(out) == pytest.approx(plain_losses, abs=1e-5)
+
+
 def test_bfloat16_starts_at_rewards_of_exactly_zero_and_learns(run):
     finished, out = run(2, rows=rows_of_words(24), model={"dtype": "bfloat16"})
     finished.expect_success()

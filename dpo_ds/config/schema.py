@@ -81,7 +81,9 @@ class ReferenceConfig:
     mode: Literal["engine", "cache", "adapter", "none"] = _key(
         "engine", "engine: a second, frozen engine; none: every reference log-prob is 0"
     )
-    tokens_per_micro_batch: int | None = _key(None, "null: the policy's micro-batches")
+    tokens_per_micro_batch: int | None = _key(
+        None, "its own, larger micro-batches, for fewer gathers of its weights; null: the policy's, for equal rounding"
+    )
     cache_dir: str | None = _key(None, "folder of cached log-probs")
 
 
@@ -183,7 +185,6 @@ def shown(value: object) -> str:
 _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.dtype", ("float32", "bfloat16"), "float16's loss scaling skips steps that a schedule counts"),
     ("reference.mode", ("engine", "none"), "the reference is a live engine or absent"),
-    ("reference.tokens_per_micro_batch", (None,), "the reference scores the policy's micro-batches"),
     ("reference.cache_dir", (None,), "no log-probs are cached"),
     ("checkpoint.every", (None,), "a run cannot be resumed"),
     ("checkpoint.keep", (2,), "a run cannot be resumed"),
@@ -218,6 +219,12 @@ def check(config: RunConfig) -> None:
         ("loss.label_smoothing", 0 <= loss.label_smoothing < 0.5, ">= 0 and < 0.5"),
         ("train.pairs_per_step", train.pairs_per_step >= 1, ">= 1"),
         ("train.tokens_per_micro_batch", train.tokens_per_micro_batch >= 1, ">= 1"),
+        (
+            "reference.tokens_per_micro_batch",
+            config.reference.tokens_per_micro_batch is None
+            or config.reference.tokens_per_micro_batch >= train.tokens_per_micro_batch,
+            "null or >= train.tokens_per_micro_batch",
+        ),
         ("train.epochs", train.epochs >= 1, ">= 1"),
         ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
         ("train.learning_rate", train.learning_rate > 0, "> 0"),

@@ -214,6 +214,23 @@ def plan_training(pairs: Iterable[int], *, rows: Rows, ranks: int, tokens_per_mi
     return _deal(rows.split(pairs, budget=tokens_per_micro_batch, multiple_of=ranks), rows, ranks)
 
 
+def regroup(plan: Plan, *, rows: Rows, tokens_per_micro_batch: int) -> Plan:
+    """Returns the plan with each rank's pairs in micro-batches of another budget, as many on every rank.
+
+    Args:
+        plan: whose ranks keep their pairs.
+        rows: how pairs share rows.
+        tokens_per_micro_batch: bound on a micro-batch's positions.
+    """
+    by_rank = [sorted({pair for micro_batch in rank for pair in micro_batch.pairs}) for rank in plan]
+    split = [rows.split(pairs, budget=tokens_per_micro_batch, multiple_of=1) for pairs in by_rank]
+    most = max(map(len, split))
+    return tuple(
+        tuple(MicroBatch(batch) for batch in batches) + (MicroBatch((pairs[0],), weight=0.0),) * (most - len(batches))
+        for pairs, batches in zip(by_rank, split, strict=True)
+    )
+
+
 def plan_evaluation(pairs: Iterable[int], *, rows: Rows, ranks: int, tokens_per_micro_batch: int) -> Plan:
     """Splits an evaluation into micro-batches that do not depend on the number of ranks, then deals them to the ranks.
 

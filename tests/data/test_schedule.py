@@ -3,7 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ds.data.schedule import Lengths, PackedRows, PaddedRows, Plan, Schedule, plan_evaluation, plan_training
+from dpo_ds.data.schedule import (
+    Lengths,
+    PackedRows,
+    PaddedRows,
+    Plan,
+    Schedule,
+    plan_evaluation,
+    plan_training,
+    regroup,
+)
 
 
 def schedule(**changes: object) -> Schedule:
@@ -87,6 +96,19 @@ def test_a_pair_that_no_other_fits_beside_has_a_row_of_its_own():
     tokens = np.array([90, 90, 90, 20])
     plan = plan_training(range(4), rows=PackedRows(tokens, tokens.astype(float)), ranks=1, tokens_per_micro_batch=100)
     assert [batch.pairs for batch in plan[0]] == [(0,), (1,), (2,), (3,)]
+
+
+@given(parts=st.lists(PARTS, min_size=1, max_size=40), ranks=st.integers(1, 5))
+def test_regrouped_ranks_keep_their_pairs_in_as_many_larger_micro_batches(parts, ranks):
+    lengths = Lengths(*np.array(parts).T)
+    rows = PackedRows(lengths.tokens, lengths.attended)
+    plan = plan_training(range(len(parts)), rows=rows, ranks=ranks, tokens_per_micro_batch=60)
+    larger = regroup(plan, rows=rows, tokens_per_micro_batch=600)
+    assert len({len(rank) for rank in larger}) == 1
+    assert len(larger[0]) <= len(plan[0])
+    for before, after in zip(plan, larger, strict=True):
+        assert {pair for batch in before for pair in batch.pairs} == {pair for batch in after for pair in batch.pairs}
+        assert all(sum(sum(parts[pair]) for pair in batch.pairs) <= 600 for batch in after)
 
 
 def test_a_micro_batch_is_split_rather_than_a_stand_in_added():
