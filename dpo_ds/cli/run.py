@@ -57,7 +57,9 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     )
     pairs = open_prepared(inputs.train)
     check_heads(engines, pairs.pair(0), world=world)
-    packed = choose_layout(engines, pairs.pair(0), layout=config.train.layout, world=world)
+    # Packed rows bring an attention of their own, so that one that the user names speaks for padded rows.
+    layout = config.train.layout if config.model.attention == "auto" else "padded"
+    packed = choose_layout(engines, pairs.pair(0), layout=layout, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, dtype), device=world.device)))
     tracker = _tracker(inputs, world)
     trainer = Trainer(

@@ -27,7 +27,7 @@ class ModelConfig:
     reference: str | None = _key(None, "folder or hub id of the frozen model; null: the policy's own starting weights")
     dtype: Literal["float32", "bfloat16", "float16"] = _key("bfloat16", "dtype of both models' weights")
     tokenizer: str | None = _key(None, "folder, hub id or SentencePiece .model file; null: the policy's")
-    attention: str = _key("auto", "auto, or a transformers attention name")
+    attention: str = _key("auto", "auto, or a transformers attention name, for padded rows")
     trust_remote_code: bool = _key(False, "whether code that comes with a model may run")
 
 
@@ -225,6 +225,7 @@ def check(config: RunConfig) -> None:
             or config.reference.tokens_per_micro_batch >= train.tokens_per_micro_batch,
             "null or >= train.tokens_per_micro_batch",
         ),
+        ("model.attention", config.model.attention == "auto" or train.layout != "packed", "auto where rows are packed"),
         ("train.epochs", train.epochs >= 1, ">= 1"),
         ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
         ("train.learning_rate", train.learning_rate > 0, "> 0"),

@@ -87,8 +87,8 @@ def initialize(
         eps=eps,
         weight_decay=weight_decay,
     )
-    if reference is None or reference_config is None:
-        return Engines(policy_engine, None)
-    return Engines(
-        policy_engine, ReferenceEngine(scorer(reference, reference_config), ds_config=reference_config, world=world)
-    )
+    reference_engine = None
+    if reference is not None and reference_config is not None:
+        reference_engine = ReferenceEngine(scorer(reference, reference_config), ds_config=reference_config, world=world)
+    world.trim_memory()  # whole tensors passed through while shards were cut from them
+    return Engines(policy_engine, reference_engine)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of the run. Every method but ``synchronize`` is collective."""
+    """All ranks of the run. Every method but ``trim_memory`` and ``synchronize`` is collective."""
 
     def __init__(self, identity: Identity, device: torch.device) -> None:
         self.rank = identity.rank
@@ -72,6 +72,12 @@ class World:
     def leave(self) -> None:
         """Leaves the process group. After a failure it must not be called: it may wait for ranks that are gone."""
         dist.destroy_process_group()
+
+    def trim_memory(self) -> None:
+        """Hands memory that was freed back to the system, where this process keeps it: after loading, not in steps."""
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished its work."""
