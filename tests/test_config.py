@@ -219,7 +219,7 @@ def test_a_value_out_of_range_is_named_with_its_range(parse, key, value, message
 
 def test_an_attention_of_the_users_own_and_packed_rows_exclude_each_other(parse):
     assert parse(SMALLEST, "--model.attention", "eager").config.model.attention == "eager"
-    with pytest.raises(UserError, match="^model.attention must be auto where rows are packed, got 'eager'"):
+    with pytest.raises(UserError, match=r"^model\.attention must be auto where rows are packed, got 'eager'"):
         parse(SMALLEST, "--model.attention", "eager", "--train.layout", "packed")
 
 
