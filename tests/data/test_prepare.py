@@ -65,8 +65,8 @@ def test_every_row_becomes_a_pair_or_is_counted_by_its_reason(tokenizer, source,
 def test_lengths_are_tokens_with_eos(tokenizer, source, tmp_path):
     prepared = run([source], tokenizer, tmp_path / "data")
     assert [part.tolist() for part in prepared.lengths] == [[2, 3], [3, 2], [4, 2]]
-    assert prepared.row_lengths.tolist() == [6, 5]
-    assert prepared.row_lengths.dtype == np.int64
+    assert prepared.lengths.longer.tolist() == [6, 5]
+    assert prepared.lengths.longer.dtype == np.int64
 
 
 def test_several_sources_follow_each_other_and_are_told_apart(tokenizer, tmp_path):
@@ -227,7 +227,7 @@ def test_real_rows_that_fit_are_counted_as_sentencepiece_itself_counts(material,
     fitting = [length + 2 for length in longest if length + 2 <= 512]
     assert (sum(length <= 512 for length in longest), len(fitting)) == (700, 695)
     prepared = run([Source(str(path))], load_tokenizer(str(model)), tmp_path / "data", max_length=512, max_dropped=0.2)
-    assert prepared.row_lengths.tolist() == fitting
+    assert prepared.lengths.longer.tolist() == fitting
     assert prepared.dropped == {"too long": 141}
 
 
