@@ -1,16 +1,19 @@
 """What must hold before the first update: heads, the layout of rows, and equal scores of equal weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World
+from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.models.attention import share_prompts
+from dpo_ds.models.scorer import Scorer
 
 PER_TOKEN_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference of two log-probs, per token, that may come from rounding in another kernel of that dtype."""
@@ -27,6 +30,9 @@ LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 BATCHES = 4
 """Micro-batches that each rank scores at the gate."""
 
+SAMPLED_PAIRS = 8
+"""Pairs of each cached set that are scored again."""
+
 
 def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
     """Compares each scorer with its model's own logits, on a small piece of a pair; collective.
@@ -34,20 +40,23 @@ def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
     Raises:
         UserError: a model does something between its last hidden state and its logits that the scorer does not know.
     """
-    # Small, since a model's own logits come all at once.
-    batch = padded_batch([_piece(pair, 32)]).to(world.device)
     for role, engine in (("policy", engines.policy), ("reference", engines.reference)):
-        if engine is None:
-            continue
-        difference = engine.model.differs_from_its_model(batch)
-        bound = PER_TOKEN_BOUND[engines.policy.dtype]
-        wrong = not difference <= bound
-        world.agree(
-            f"model.{role}: {type(engine.model.model).__name__} computes its logits in a way that the scorer does not "
-            f"know (log-probs differ by {difference:.2g} a token, bound {bound:g}); this architecture is not supported"
-            if wrong
-            else None
-        )
+        if engine is not None:
+            check_head(engine.model, pair, key=f"model.{role}", dtype=engines.policy.dtype, world=world)
+
+
+def check_head(scorer: Scorer, pair: TokenizedPair, *, key: str, dtype: torch.dtype, world: World) -> None:
+    """Compares one scorer with its model's own logits; ``key`` names it. As ``check_heads``."""
+    # Small, since a model's own logits come all at once.
+    difference = scorer.differs_from_its_model(padded_batch([_piece(pair, 32)]).to(world.device))
+    bound = PER_TOKEN_BOUND[dtype]
+    wrong = not difference <= bound
+    world.agree(
+        f"{key}: {type(scorer.model).__name__} computes its logits in a way that the scorer does not "
+        f"know (log-probs differ by {difference:.2g} a token, bound {bound:g}); this architecture is not supported"
+        if wrong
+        else None
+    )
 
 
 def choose_layout(
@@ -64,11 +73,23 @@ def choose_layout(
     Raises:
         UserError: ``packed`` is wanted, and a model cannot do it.
     """
+    scorers = [engine.model for engine in engines if engine is not None]
+    return choose_layout_of(scorers, pair, layout=layout, dtype=engines.policy.dtype, world=world)
+
+
+def choose_layout_of(
+    scorers: Sequence[Scorer],
+    pair: TokenizedPair,
+    *,
+    layout: Literal["auto", "packed", "padded"],
+    dtype: torch.dtype,
+    world: World,
+) -> bool:
+    """Does what ``choose_layout`` does for any scorers of one dtype."""
     if layout == "padded":
         return False
-    scorers = [engine.model for engine in engines if engine is not None]
     pieces = [_piece(pair, 32), _piece(pair, 12), _piece(pair, 20)]
-    bound = PACKED_BOUND[engines.policy.dtype]
+    bound = PACKED_BOUND[dtype]
     reasons = [scorer.why_not_packed(pieces, bound=bound, device=world.device) for scorer in scorers]
     reason = next((named for found in world.gather(reasons) for named in found if named), None)
     if reason is None:
@@ -87,18 +108,19 @@ def _piece(pair: TokenizedPair, tokens: int) -> TokenizedPair:
     return replace(pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
 
 
-def starts_equal(engines: Engines, *, world: World, same_source: bool) -> bool:
+def starts_equal(engines: Engines, *, world: World, same_source: bool, cached: CachedReference | None = None) -> bool:
     """Returns whether policy and reference hold equal weights, so that the gate applies; collective.
 
     Args:
         engines: policy and reference.
         world: the ranks.
         same_source: both were read from one checkpoint, so that their weights have to be equal.
+        cached: what the reference has left where it has no engine.
 
     Raises:
         RunError: the weights should be equal and are not.
     """
-    policy, reference = engines
+    policy, reference = engines.policy, cached or engines.reference
     if reference is None:
         return False
     if policy.fingerprint() == reference.fingerprint:
@@ -133,6 +155,41 @@ def check_equal_scores(engines: Engines, batches: Sequence[PairBatch], *, world:
             f"step-0 gate: equal weights, but policy and reference differ by {worst:.3g} a token (bound {bound:g} in "
             f"{policy.dtype}), so the first rewards would not be 0; compare the two ds_configs and the attention"
         )
+
+
+@torch.no_grad()
+def check_cached_scores(
+    score: Callable[[PairBatch], Tensor], cached: CachedReference, *, seed: int, dtype: torch.dtype, world: World
+) -> list[tuple[PairBatch, Tensor]]:
+    """Scores some cached pairs again, in the micro-batches in which they were scored; collective.
+
+    Args:
+        score: of a live engine with the weights that scored them.
+        cached: what is known so far.
+        seed: draws the pairs.
+        dtype: of the weights.
+        world: the ranks.
+
+    Returns:
+        This rank's micro-batches, as many on every rank, and the log-probs that are cached of them.
+
+    Raises:
+        RunError: they score differently now.
+    """
+    samples = []
+    for cache in cached.caches:
+        sample = cache.sample(SAMPLED_PAIRS, seed=seed)
+        differences = [(score(batch) - logps).flatten() / batch.response_tokens for batch, logps in sample]
+        mine = float(torch.cat(differences).abs().max()) if differences else 0.0
+        worst = float(torch.tensor(world.gather(mine)).max())  # unlike Python's, this maximum keeps NaN
+        bound = PER_TOKEN_BOUND[dtype]
+        if not worst <= bound:
+            raise RunError(
+                f"the log-probs cached in {cache.folder} differ by {worst:.3g} a token from what the same weights give "
+                f"now (bound {bound:g} in {dtype}); remove the folder, and they are scored again"
+            )
+        samples += sample
+    return samples
 
 
 def check_first_loss(loss: float, *, expected: float, dtype: torch.dtype) -> None:

@@ -17,9 +17,10 @@ from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training, regroup
 from dpo_ds.engine import Engines, World
+from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.errors import RunError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
-from dpo_ds.gate import check_equal_scores, check_first_loss, starts_equal
+from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, starts_equal
 from dpo_ds.learning_rate import learning_rate
 from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss
 from dpo_ds.metrics import Tally, add_pairs, add_work
@@ -51,6 +52,7 @@ class Trainer:
         tracker: Tracker,
         matmul_flops: float,
         packed: bool,
+        cached: CachedReference | None = None,
     ) -> None:
         """Composes a run.
 
@@ -63,6 +65,7 @@ class Trainer:
             tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
             matmul_flops: operations a second of all ranks' matrix products together, for ``mfu``.
             packed: whether all pairs of a micro-batch share one row, and its responses their prompt.
+            cached: the reference's log-probs where it has no engine.
         """
         self._engines = engines
         self._config = config
@@ -72,6 +75,7 @@ class Trainer:
         self._tracker = tracker
         self._matmul_flops = matmul_flops
         self._packed = packed
+        self._cached = cached
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         self._train_costs = self._costs(train)
         self._train_rows = self._rows(train)
@@ -97,13 +101,11 @@ class Trainer:
         Raises:
             RunError: the weights should be equal and are not, or equal weights do not start at the loss's own value.
         """
-        if not starts_equal(self._engines, world=self._world, same_source=same_source):
+        if not starts_equal(self._engines, world=self._world, same_source=same_source, cached=self._cached):
             return False
-        batches = list(islice(self._batches(self._train, self._plan(1)), GATE_BATCHES))
-        check_equal_scores(self._engines, batches, world=self._world)
         tally = Tally(self._world.device)
-        for batch in batches:
-            loss, logps = self._compare(batch, self._reference_logps(batch))
+        for batch, reference in self._scored_by_equal_weights():
+            loss, logps = self._compare(batch, reference)
             add_pairs(tally, loss, logps, weights=batch.weights)
         settings = self._config.loss
         check_first_loss(
@@ -217,12 +219,23 @@ class Trainer:
         )
         tally = Tally(self._world.device)
         self._engines.policy.model.eval()
-        for batch in self._batches(self._evaluation, plan):
-            loss, logps = self._compare(batch, self._reference_logps(batch))
+        for batch, reference in self._scored(self._evaluation, plan):
+            loss, logps = self._compare(batch, reference)
             add_pairs(tally, loss, logps, weights=batch.weights)
         metrics = tally.means(self._world.sum(tally.packed()))
         self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
         return metrics
+
+    def _scored_by_equal_weights(self) -> list[tuple[PairBatch, Tensor]]:
+        """Returns this rank's micro-batches of the gate and the reference's log-probs, which the policy has, too."""
+        if self._cached is None:
+            scored = list(islice(self._scored(self._train, self._plan(1)), GATE_BATCHES))
+            check_equal_scores(self._engines, [batch for batch, _ in scored], world=self._world)
+            return scored
+        policy = self._engines.policy
+        policy.model.train()
+        seed = self._config.train.seed
+        return check_cached_scores(policy.score, self._cached, seed=seed, dtype=policy.dtype, world=self._world)
 
     def _plan(self, step: int) -> Plan:
         return plan_training(
@@ -250,7 +263,8 @@ class Trainer:
     def _step_reference_logps(self, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
         budget = self._config.reference.tokens_per_micro_batch
         if budget is None or self._engines.reference is None:
-            return [self._reference_logps(batch) for batch in batches]
+            mine = zip(plan[self._world.rank], batches, strict=True)
+            return [self._reference_logps(self._train, micro_batch.pairs, batch) for micro_batch, batch in mine]
         larger = regroup(plan, rows=self._train_rows, tokens_per_micro_batch=budget)
         logps = {
             pair: scores
@@ -259,7 +273,13 @@ class Trainer:
         }
         return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._world.rank]]
 
-    def _reference_logps(self, batch: PairBatch) -> Tensor:
+    def _scored(self, pairs: PreparedPairs, plan: Plan) -> Iterator[tuple[PairBatch, Tensor]]:
+        for micro_batch, batch in zip(plan[self._world.rank], self._batches(pairs, plan), strict=True):
+            yield batch, self._reference_logps(pairs, micro_batch.pairs, batch)
+
+    def _reference_logps(self, pairs: PreparedPairs, indices: Sequence[int], batch: PairBatch) -> Tensor:
+        if self._cached is not None:
+            return self._cached.logps(pairs, indices).to(self._world.device)
         if self._engines.reference is None:
             return torch.zeros(2, len(batch.weights), device=self._world.device)
         return self._engines.reference.score(batch)

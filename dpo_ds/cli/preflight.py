@@ -1,11 +1,14 @@
 """Everything that can be checked before an engine exists: in seconds, in one process, with one clear line."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from dpo_ds.config import DataSource, Run, RunConfig, resolve_path, settle
 from dpo_ds.data.prepare import PreparedPairs, Source, prepare
@@ -17,6 +20,8 @@ from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Inputs:
         reference_config: the reference's, None without one.
         train: folder of the prepared training pairs.
         evaluation: folder of the prepared held-out pairs, or None.
+        cache: folder of cached log-probs, None where none are kept.
         plan: what will happen, for a person to read.
     """
 
@@ -43,7 +49,19 @@ class Inputs:
     reference_config: dict[str, Any] | None
     train: Path
     evaluation: Path | None
+    cache: Path | None
     plan: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of both models' weights."""
+        return _DTYPES[self.config.model.dtype]
+
+    @property
+    def layout(self) -> Literal["auto", "packed", "padded"]:
+        """How pairs may share rows."""
+        # Packed rows bring an attention of their own, so that one that the user names speaks for padded rows.
+        return self.config.train.layout if self.config.model.attention == "auto" else "padded"
 
 
 def preflight(run: Run, *, ranks: int) -> Inputs:
@@ -74,6 +92,7 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
 
 def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
     _check_loss(run.config)
+    cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
     build_extensions(policy_config)
     config = run.config
@@ -105,7 +124,8 @@ def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
         reference_config=reference_config,
         train=train.path,
         evaluation=evaluation.path if evaluation else None,
-        plan=_plan(config, policy, reference, train, evaluation, ranks),
+        cache=cache,
+        plan=_plan(config, policy, reference, train, evaluation, ranks, cache),
     )
 
 
@@ -116,6 +136,21 @@ def _check_loss(config: RunConfig) -> None:
             f"loss.label_smoothing must be 0 for the {loss.type} loss, which has no smoothed form, got "
             f"{loss.label_smoothing}"
         )
+
+
+def _cache_folder(config: RunConfig, folder: Path) -> Path | None:
+    if config.reference.mode != "cache":
+        return None
+    cache = Path(config.reference.cache_dir or folder / "reference").expanduser()
+    # Nothing is tried out: another node may do the same in the same place.
+    above = next(place for place in (cache, *cache.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise UserError(f"reference.cache_dir must be a folder, got {cache}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"reference.cache_dir {cache} cannot be written: no right to write in {above}; name another folder"
+        )
+    return cache
 
 
 def _located(run: Run) -> RunConfig:
@@ -216,6 +251,7 @@ def _plan(
     train: PreparedPairs,
     evaluation: PreparedPairs | None,
     ranks: int,
+    cache: Path | None,
 ) -> str:
     settings = config.train
     schedule = Schedule.of_run(
@@ -229,7 +265,9 @@ def _plan(
     lengths = train.lengths
     rows = {
         "policy": f"{policy} in {config.model.dtype}",
-        "reference": f"{reference}, live and frozen" if reference else "none",
+        "reference": f"{reference}, {f'scored once into {cache}' if cache else 'live and frozen'}"
+        if reference
+        else "none",
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
         "pairs": f"{_usable(train)} to train on" + (f", {_usable(evaluation)} held out" if evaluation else ""),
         "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "

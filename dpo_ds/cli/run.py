@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo_ds.cli.preflight import Inputs
+from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import open_prepared
 from dpo_ds.engine import World, initialize
@@ -21,8 +22,6 @@ from dpo_ds.report import plot_curves
 from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
@@ -40,14 +39,15 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     world = World.join(identity, meeting)
     inputs: Inputs = world.broadcast(found)
     config, folder = inputs.config, Path(inputs.config.output_dir)
-    dtype = _DTYPES[config.model.dtype]
+    # First, so that its weights are gone before the policy's come.
+    cached = cached_reference(inputs, world=world) if config.reference.mode == "cache" else None
     engines = initialize(
         inputs.policy,
         world=world,
         policy_config=inputs.policy_config,
-        reference=inputs.reference,
+        reference=None if cached else inputs.reference,
         reference_config=inputs.reference_config,
-        dtype=dtype,
+        dtype=inputs.dtype,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
         activation_checkpointing=config.train.activation_checkpointing == "full",
@@ -57,10 +57,8 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     )
     pairs = open_prepared(inputs.train)
     check_heads(engines, pairs.pair(0), world=world)
-    # Packed rows bring an attention of their own, so that one that the user names speaks for padded rows.
-    layout = config.train.layout if config.model.attention == "auto" else "padded"
-    packed = choose_layout(engines, pairs.pair(0), layout=layout, world=world)
-    speed = float(world.sum(torch.tensor(matmul_flops(world.device, dtype), device=world.device)))
+    packed = choose_layout(engines, pairs.pair(0), layout=inputs.layout, world=world)
+    speed = float(world.sum(torch.tensor(matmul_flops(world.device, inputs.dtype), device=world.device)))
     tracker = _tracker(inputs, world)
     trainer = Trainer(
         engines,
@@ -71,6 +69,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
         tracker=tracker,
         matmul_flops=speed,
         packed=packed,
+        cached=cached,
     )
     if trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
         print("step-0 gate: policy and reference have equal weights and score alike", flush=True)

@@ -3,12 +3,16 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from dpo_ds.config import parse_run
 from dpo_ds.errors import PeerError, RunError, UserError
 from dpo_ds.launcher.identity import Identity
+
+if TYPE_CHECKING:
+    from dpo_ds.cli.preflight import Inputs
+    from dpo_ds.engine.meeting import Meeting
 
 _GRACE_S = 30
 _HEAD_START_S = 2  # of the rank that speaks
@@ -22,18 +26,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
+    start(sys.argv[1:] if argv is None else argv, _train)
+
+
+def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting") -> None:
+    # Only now, so that --help and a mistyped key are answered at once.
+    from dpo_ds.cli.run import train
+
+    train(inputs, identity, meeting)
+
+
+def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting], None]") -> None:
+    """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says.
+
+    Args:
+        argv: the arguments behind the script's name.
+        work: what every rank does; the inputs are None on ranks that do not speak for their node.
+    """
     identity = Identity.from_environment()
     try:
-        run = parse_run(sys.argv[1:] if argv is None else argv)
+        run = parse_run(argv)
         os.environ.update(run.config.env)
-        # Only now, so that --help and a mistyped key are answered at once.
         from dpo_ds.cli.preflight import preflight
 
         if run.dry_run:
             if identity.rank == 0:
                 print(preflight(run, ranks=identity.size).plan)
             return
-        from dpo_ds.cli.run import train
         from dpo_ds.engine.meeting import Meeting
 
         inputs = None
@@ -44,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             meeting.wait()
         if inputs is not None and identity.rank == 0:
             print(inputs.plan, flush=True)
-        train(inputs, identity, meeting)
+        work(inputs, identity, meeting)
     except PeerError:
         time.sleep(_HEAD_START_S)
         sys.exit(2)

@@ -79,12 +79,13 @@ class ReferenceConfig:
     """Where the reference's log-probs come from."""
 
     mode: Literal["engine", "cache", "adapter", "none"] = _key(
-        "engine", "engine: a second, frozen engine; none: every reference log-prob is 0"
+        "engine",
+        "engine: a second, frozen engine; cache: scored once, kept on disk; none: every reference log-prob is 0",
     )
     tokens_per_micro_batch: int | None = _key(
         None, "its own, larger micro-batches, for fewer gathers of its weights; null: the policy's, for equal rounding"
     )
-    cache_dir: str | None = _key(None, "folder of cached log-probs")
+    cache_dir: str | None = _key(None, "folder of cached log-probs, for several runs; null: output_dir/reference")
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,7 @@ def shown(value: object) -> str:
 
 _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.dtype", ("float32", "bfloat16"), "float16's loss scaling skips steps that a schedule counts"),
-    ("reference.mode", ("engine", "none"), "the reference is a live engine or absent"),
-    ("reference.cache_dir", (None,), "no log-probs are cached"),
+    ("reference.mode", ("engine", "cache", "none"), "all weights train"),
     ("checkpoint.every", (None,), "a run cannot be resumed"),
     ("checkpoint.keep", (2,), "a run cannot be resumed"),
     ("checkpoint.keep_every", (None,), "a run cannot be resumed"),

@@ -11,7 +11,7 @@ from dpo_ds.engine.shards import load_sharded
 from dpo_ds.engine.world import World
 from dpo_ds.models.scorer import Scorer
 
-__all__ = ["Engines", "PolicyEngine", "ReferenceEngine", "World", "initialize"]
+__all__ = ["Engines", "PolicyEngine", "ReferenceEngine", "World", "initialize", "initialize_reference"]
 
 
 class Engines(NamedTuple):
@@ -60,19 +60,16 @@ def initialize(
         UserError: a checkpoint cannot be opened, or does not fill its model exactly.
     """
 
-    def scorer(path: str, ds_config: Mapping[str, Any]) -> Scorer:
-        return Scorer(
-            load_sharded(
-                path,
-                ds_config=ds_config,
-                dtype=dtype,
-                attention=attention,
-                trust_remote_code=trust_remote_code,
-                world=world,
-            )
+    policy_scorer = Scorer(
+        load_sharded(
+            policy,
+            ds_config=policy_config,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            world=world,
         )
-
-    policy_scorer = scorer(policy, policy_config)
+    )
     if activation_checkpointing:
         model = policy_scorer.model
         # The second is its name before transformers 5.23.
@@ -89,6 +86,36 @@ def initialize(
     )
     reference_engine = None
     if reference is not None and reference_config is not None:
-        reference_engine = ReferenceEngine(scorer(reference, reference_config), ds_config=reference_config, world=world)
+        reference_engine = initialize_reference(
+            reference,
+            world=world,
+            config=reference_config,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+        )
     world.trim_memory()  # whole tensors passed through while shards were cut from them
     return Engines(policy_engine, reference_engine)
+
+
+def initialize_reference(
+    reference: str,
+    *,
+    world: World,
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+) -> ReferenceEngine:
+    """Builds the reference's engine alone; collective. Arguments and errors as those of ``initialize``."""
+    model = load_sharded(
+        reference,
+        ds_config=config,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        world=world,
+    )
+    engine = ReferenceEngine(Scorer(model), ds_config=config, world=world)
+    world.trim_memory()  # whole tensors passed through while shards were cut from them
+    return engine

@@ -1,14 +1,16 @@
 """The reference: a second, inference-only ZeRO-3 engine with its own weights and config, frozen and proven so."""
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
-from dpo_ds.engine.shards import fingerprint, register_head
+from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_head
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 from dpo_ds.models.scorer import Scorer
@@ -55,3 +57,16 @@ class ReferenceEngine:
         now = fingerprint(self.model, self._world)
         if now != self.fingerprint:
             raise RunError(f"the reference has moved: fingerprint {self.fingerprint[:12]} at the start, {now[:12]} now")
+
+    def free(self) -> None:
+        """Gives the weights' memory back to the machine; nothing can be scored any more."""
+        self.engine.destroy()
+        # DeepSpeed's own records outlive the engine, and with them every shard that is not emptied.
+        parameters: list[ZeroParameter] = list(self.model.parameters())
+        for parameter in parameters:
+            for held in (parameter, parameter.ds_tensor, parameter.ds_secondary_tensor):
+                if held is not None:
+                    held.data = held.data.new_empty(0)
+        gc.collect()
+        get_accelerator().empty_cache()
+        self._world.trim_memory()

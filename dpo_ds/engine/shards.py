@@ -142,7 +142,7 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
     Returns:
         None if they are equal, else one line that names the first weight that is not.
     """
-    files = _tensor_files(path)
+    files = tensor_files(path)
     if files is None:
         return f"{path} has no safetensors weights to verify the loaded ones against; convert it with save_pretrained"
     # transformers does not report these under ZeRO-3. A tied head may be stored beside its embedding.
@@ -170,17 +170,18 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
     return None
 
 
-def _tensor_files(path: str | Path) -> dict[str, str] | None:
-    """Returns which file holds each tensor."""
-    if index := _find(path, INDEX):
+def tensor_files(path: str | Path) -> dict[str, str] | None:
+    """Returns which file holds each tensor, None where a checkpoint has no safetensors files."""
+    if index := find_file(path, INDEX):
         weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        return {name: str(_find(path, file)) for name, file in weight_map.items()}
-    if file := _find(path, WEIGHTS):
+        return {name: str(find_file(path, file)) for name, file in weight_map.items()}
+    if file := find_file(path, WEIGHTS):
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)
     return None
 
 
-def _find(path: str | Path, file: str) -> str | None:
+def find_file(path: str | Path, file: str) -> str | None:
+    """Returns where a checkpoint's file is on this machine, None where the checkpoint has none of that name."""
     found: str | None = cached_file(str(path), file, _raise_exceptions_for_missing_entries=False)
     return found

@@ -6,6 +6,7 @@ A scenario asserts; a rank whose assertion fails notes that and ends, and with i
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -217,14 +218,14 @@ def exports(world: World, model: str, out: str) -> None:
         Path(out, "scores.json").write_text(json.dumps(scored))
 
 
-def main(agenda: str) -> None:
+def main(agenda: str, scenarios: Mapping[str, Any]) -> None:
     """Runs an agenda, a JSON list of [name, arguments], in one process group, and notes each outcome as it comes."""
     identity = Identity.from_environment()
     world = World.join(identity, Meeting(identity))
     for name, arguments in json.loads(Path(agenda).read_text()):
         with Path(agenda).with_suffix(f".{world.rank}.outcomes").open("a") as file:
             try:
-                globals()[name](world, *arguments)
+                scenarios[name](world, *arguments)
                 world.barrier()
             except BaseException:
                 file.write(json.dumps([name, arguments, traceback.format_exc()]) + "\n")
@@ -234,4 +235,4 @@ def main(agenda: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], globals())

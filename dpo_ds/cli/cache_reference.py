@@ -1,0 +1,33 @@
+"""``launch/cache_reference.py``: from argv to the reference's log-probs on disk."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dpo_ds.cli.train import start
+from dpo_ds.launcher.identity import Identity
+
+if TYPE_CHECKING:
+    from dpo_ds.cli.preflight import Inputs
+    from dpo_ds.engine.meeting import Meeting
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fills a run's cache on this rank, as if its ``reference.mode`` were ``cache``, and checks what was there already.
+
+    Exits as ``launch/train.py`` does.
+
+    Args:
+        argv: the arguments behind the script's name; None takes the process's.
+    """
+    start([*(sys.argv[1:] if argv is None else argv), "--reference.mode", "cache"], _fill)
+
+
+def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting") -> None:
+    # Only now, so that --help and a mistyped key are answered at once.
+    from dpo_ds.cli.reference import cached_reference
+    from dpo_ds.engine import World
+
+    world = World.join(identity, meeting)
+    cached_reference(world.broadcast(found), world=world, checks=True)
+    world.leave()
