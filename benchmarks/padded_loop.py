@@ -3,7 +3,6 @@
 The scheme of DeepSpeed-Chat's and OpenRLHF's loops, to compare with; started by ``benchmarks.speed``.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -17,20 +16,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
-from benchmarks.workload import read_pairs
+from benchmarks.workload import program_arguments, read_pairs
 from dpo_ds.data.tokenization import TokenizedPair
 
 
 def main() -> None:
     """Trains, and writes each step's seconds and loss."""
-    parser = argparse.ArgumentParser()
-    for name in ("--model", "--pairs", "--policy_config", "--reference_config", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    for name in ("--steps", "--pairs_per_step", "--pairs_per_micro_batch", "--local_rank"):
-        parser.add_argument(name, type=int, required=True)
-    for name in ("--learning_rate", "--beta"):
-        parser.add_argument(name, type=float, required=True)
-    args = parser.parse_args()
+    args = program_arguments("--reference_config")
 
     deepspeed.init_distributed(verbose=False)
     rank, ranks = dist.get_rank(), dist.get_world_size()

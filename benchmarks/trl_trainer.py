@@ -1,10 +1,8 @@
 """DPO with TRL's ``DPOTrainer`` on DeepSpeed, to compare with; started by ``benchmarks.speed``."""
 
-import argparse
 import json
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 
-from benchmarks.workload import read_pairs
+from benchmarks.workload import program_arguments, read_pairs
 from dpo_ds.data.tokenization import TokenizedPair
 
 
@@ -41,14 +39,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 def main() -> None:
     """Trains, and writes each step's seconds and loss."""
-    parser = argparse.ArgumentParser()
-    for name in ("--model", "--pairs", "--policy_config", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    for name in ("--steps", "--pairs_per_step", "--pairs_per_micro_batch", "--local_rank"):
-        parser.add_argument(name, type=int, required=True)
-    for name in ("--learning_rate", "--beta"):
-        parser.add_argument(name, type=float, required=True)
-    args = parser.parse_args()
+    args = program_arguments()
 
     # On the CPU the trainer would take torch's own group, which DeepSpeed's engines do not find.
     deepspeed.init_distributed(verbose=False)

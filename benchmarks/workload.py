@@ -3,6 +3,7 @@
 A word of the pairs' text is one token, so that whoever tokenizes it trains on the same ids.
 """
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,22 @@ def real_pairs(data: Path, tokenizer: Path, count: int, *, work: Path) -> list[I
     order = np.random.RandomState(0).permutation(len(prepared))[:count]
     chosen = [prepared.pair(int(index)) for index in order]
     return [(list(p.prompt_ids), list(p.chosen_ids[:-1]), list(p.rejected_ids[:-1])) for p in chosen]
+
+
+def program_arguments(*more_files: str) -> argparse.Namespace:
+    """Returns what a program is started with.
+
+    Args:
+        more_files: options that name files, beside those of every program.
+    """
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--pairs", "--policy_config", "--out", *more_files):
+        parser.add_argument(name, type=Path, required=True)
+    for name in ("--steps", "--pairs_per_step", "--pairs_per_micro_batch", "--local_rank"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--learning_rate", "--beta"):
+        parser.add_argument(name, type=float, required=True)
+    return parser.parse_args()
 
 
 def write_pairs(pairs: list[Ids], file: Path) -> None:
