@@ -7,9 +7,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
+from dpo_ds.models.causal_lm import Head
 
-# Narrow, so that a chunk of two tokens' logits is already as large as the head's weight.
-TOKENS, WIDTH, VOCAB = 13, 2, 50
+# Narrow, so that a chunk's logits are larger than the head's weight. Four chunks of 64 columns, the last one cut.
+TOKENS, WIDTH, VOCAB = 13, 2, 250
+SMALLEST, HALF, ALL = (4 * TOKENS * columns for columns in (64, 128, 256))
+"""Bytes of a chunk's logits."""
 
 
 class LargestTensor(TorchDispatchMode):
@@ -65,14 +68,18 @@ def test_target_logps_stay_finite_for_large_logits():
     assert logps.tolist() == [-2e4]
 
 
-@pytest.mark.parametrize("chunk_tokens", range(1, TOKENS + 2))
-def test_chunks_change_neither_value_nor_gradient(chunk_tokens):
+def chunked(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunk_bytes: int) -> Tensor:
+    return chunked_target_logps(hidden, targets, weight=weight, bias=bias, logits=F.linear, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, SMALLEST, HALF, ALL, 10 * ALL])
+def test_chunks_change_neither_value_nor_gradient(chunk_bytes):
     hidden, weight, targets = make_head_inputs()
     upstream = torch.linspace(-1, 1, TOKENS)
 
     expected = reference_logps(hidden, weight, targets)
     expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream.double())
-    logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=chunk_tokens)
+    logps = chunked(hidden, targets, weight, chunk_bytes=chunk_bytes)
     grads = torch.autograd.grad(logps, (hidden, weight), upstream)
 
     # Log-probs are of the order of 5 nats, gradients of the order of 1.
@@ -81,13 +88,44 @@ def test_chunks_change_neither_value_nor_gradient(chunk_tokens):
         torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 13])
-def test_no_more_than_one_chunk_of_logits_exists_forward_or_backward(chunk_tokens):
+def test_a_head_with_bias_scale_and_softcap_has_the_gradients_of_the_plain_formula():
+    hidden, weight, targets = (x.detach().double() if x.is_floating_point() else x for x in make_head_inputs())
+    bias = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    head = Head(weight, bias, scale=0.5, softcap=2.0)
+
+    expected = (2 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 2)).log_softmax(-1)[torch.arange(TOKENS), targets]
+    logps = chunked_target_logps(hidden, targets, weight=weight, bias=bias, logits=head.logits, chunk_bytes=SMALLEST)
+    expected_grads = torch.autograd.grad(expected.sum(), leaves)
+    grads = torch.autograd.grad(logps.sum(), leaves)
+    torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [("hidden",), ("weight",), ("hidden", "weight")])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
+    hidden, weight, targets = make_head_inputs()
+    chunked(hidden, targets, weight, chunk_bytes=SMALLEST).sum().backward()
+    some_hidden, some_weight = (
+        x.detach().clone().requires_grad_(name not in frozen) for name, x in (("hidden", hidden), ("weight", weight))
+    )
+    logps = chunked(some_hidden, targets, some_weight, chunk_bytes=SMALLEST)
+    assert logps.requires_grad == (len(frozen) < 2)
+    if logps.requires_grad:
+        logps.sum().backward()
+    for name, leaf, expected in (("hidden", some_hidden, hidden.grad), ("weight", some_weight, weight.grad)):
+        assert leaf.grad is None if name in frozen else torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "columns"), [(0, 64), (SMALLEST, 64), (HALF, 128), (HALF + 1, 128), (ALL, 250)]
+)
+def test_no_more_than_one_chunk_of_logits_exists_forward_or_backward(chunk_bytes, columns):
     hidden, weight, targets = make_head_inputs()
     with LargestTensor() as largest:
-        logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=chunk_tokens)
-        logps.sum().backward()
-    assert largest.elements <= max(chunk_tokens * VOCAB, weight.numel())
+        chunked(hidden, targets, weight, chunk_bytes=chunk_bytes).sum().backward()
+    assert largest.elements == max(TOKENS * columns, weight.numel())
 
 
 def test_no_logits_are_kept_for_backward():
@@ -99,16 +137,15 @@ def test_no_logits_are_kept_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=4)
-    assert sum(kept) < 4 * VOCAB
+        chunked(hidden, targets, weight, chunk_bytes=SMALLEST)
+    assert sum(kept) == hidden.numel() + weight.numel() + 2 * TOKENS  # the targets and a log-sum-exp each
 
 
 def test_without_gradients_the_chunks_are_as_small():
     hidden, weight, targets = make_head_inputs()
     with torch.no_grad(), LargestTensor() as largest:
-        logps = chunked_target_logps(hidden, targets, head=lambda h: F.linear(h, weight), chunk_tokens=9)
-    # 13 tokens are split evenly, 7 and 6, not 9 and 4.
-    assert largest.elements == max(7 * VOCAB, weight.numel())
+        logps = chunked(hidden, targets, weight, chunk_bytes=HALF)
+    assert largest.elements == TOKENS * 128
     torch.testing.assert_close(logps.double(), reference_logps(hidden, weight, targets).detach(), rtol=1e-6, atol=1e-6)
 
 

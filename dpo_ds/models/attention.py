@@ -261,9 +261,18 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _of_block(block: _Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    pieces = ([x[:, :, columns] for columns in block.columns] for x in (key, value))
-    keys, values = (part[0] if len(part) == 1 else torch.cat(part, 2) for part in pieces)
+    keys, values = (_joined([x[:, :, columns] for columns in block.columns]) for x in (key, value))
     return _fold(query[:, :, block.rows], key), _fold(keys, key), _fold(values, key)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    # torch.cat of strided parts takes several times as long on a CPU as copying them does.
+    whole = parts[0].new_empty(*parts[0].shape[:2], sum(part.shape[2] for part in parts), parts[0].shape[3])
+    for target, part in zip(torch.split(whole, [part.shape[2] for part in parts], dim=2), parts, strict=True):
+        target.copy_(part)
+    return whole
 
 
 def _fold(x: Tensor, key: Tensor) -> Tensor:

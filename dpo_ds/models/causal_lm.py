@@ -90,9 +90,15 @@ class Head:
     scale: float
     softcap: float | None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Maps hidden states ``(tokens, width)`` to logits ``(tokens, vocab)``."""
-        logits = F.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Maps hidden states ``(tokens, width)`` to the logits of some of the vocabulary, ``(tokens, rows)``.
+
+        Args:
+            hidden: the states.
+            weight: rows of the weight, ``(rows, width)``.
+            bias: the same rows of the bias, if there is one.
+        """
+        logits = F.linear(hidden, weight, bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -14,7 +14,7 @@ from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
 from dpo_ds.models.attention import sharing_prompts, why_not_packable
 from dpo_ds.models.causal_lm import head_of
 
-LOGIT_CHUNK_BYTES = 2**27
+LOGIT_CHUNK_BYTES = 2**25
 """Size of the float32 logits that may exist at a time."""
 
 
@@ -36,7 +36,6 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.head = head_of(model)
-        self._chunk_tokens = max(4, LOGIT_CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Returns ``(2, pairs)``: the summed log-probs of the chosen (row 0) and of the rejected responses (row 1)."""
@@ -44,7 +43,12 @@ class Scorer(nn.Module):
         # without a mask the attention kernels take their fast path.
         hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
         logps = chunked_target_logps(
-            hidden.flatten(0, 1)[batch.predicted_at], batch.targets, head=self.head, chunk_tokens=self._chunk_tokens
+            hidden.flatten(0, 1)[batch.predicted_at],
+            batch.targets,
+            weight=self.head.weight,
+            bias=self.head.bias,
+            logits=self.head.logits,
+            chunk_bytes=LOGIT_CHUNK_BYTES,
         )
         return sum_by_response(logps, batch.response_of, responses=len(batch.response_tokens)).view(2, -1)
 
