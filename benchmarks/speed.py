@@ -11,13 +11,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
+from benchmarks.report import Measured, Program, draw, summary, table
+from dpo_ds.throughput import StepCost
 
 RANKS = 2
 PAIRS_PER_STEP = 16
@@ -28,48 +27,13 @@ LN2 = math.log(2)
 FIRST_LOSS_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Program:
-    """One of those that are compared.
-
-    Attributes:
-        name: its row in the table.
-        kind: ``dpo_ds``, ``padded_loop`` or ``trl_trainer``.
-        micro_batch: of a rank: dpo_ds's in tokens, the others' in pairs. The defaults, 4096 and TRL's 8, are slower on
-            a CPU.
-        layout: dpo_ds's.
-    """
-
-    name: str
-    kind: str
-    micro_batch: int
-    layout: str = ""
-
-
 PROGRAMS = (
     Program("dpo_ds, packed", "dpo_ds", 2048, "packed"),
     Program("dpo_ds, padded", "dpo_ds", 2048, "padded"),
     Program("padded loop, 1 pair at a time", "padded_loop", 1),
-    Program("padded loop, 4 pairs at a time", "padded_loop", 4),
-    Program("TRL DPOTrainer", "trl_trainer", 1),
+    Program("TRL DPOTrainer, 1 pair at a time", "trl_trainer", 1),
+    Program("TRL DPOTrainer, 4 pairs at a time", "trl_trainer", 4),
 )
-
-
-@dataclass
-class Measured:
-    """All runs of one program.
-
-    Attributes:
-        step_seconds: for each run, each step's; the first steps are not yet dropped.
-        losses: of the last run, one a step.
-        peak_rss: the largest of any rank in any run, in bytes.
-        skipped: why it was not run, None if it was.
-    """
-
-    step_seconds: list[list[float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak_rss: int = 0
-    skipped: str | None = None
 
 
 def main() -> None:
@@ -79,7 +43,7 @@ def main() -> None:
     work: Path = args.cache / "speed"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    given, backbone, head = _prepare(args, work)
+    given, cost = _prepare(args, work)
     programs = [program for program in PROGRAMS if args.only is None or program.kind in args.only]
     measured = {program: Measured() for program in programs}
     rates: list[float] = []
@@ -93,7 +57,7 @@ def main() -> None:
                     given,
                     folder=work / f"{number}-{program.kind}-{program.layout}{program.micro_batch}",
                 )
-    report = _report(measured, given, rates, backbone=backbone, head=head, warm_up=args.warm_up)
+    report = summary(measured, given, rates, cost=cost, ranks=RANKS, warm_up=args.warm_up)
     print(table(report))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -106,8 +70,8 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=Path, help="real pairs, in any form that data.train takes; default: synthetic ones")
     add("--tokenizer", type=Path, help="their tokenizer; needed with --data")
     add("--rounds", type=int, default=2, help="how often each program runs")
-    add("--steps", type=int, default=5, help="steps of a run")
-    add("--warm_up", type=int, default=1, help="first steps of a run that do not count")
+    add("--steps", type=int, default=7, help="steps of a run")
+    add("--warm_up", type=int, default=3, help="first steps of a run that do not count")
     add("--only", nargs="+", choices=sorted({program.kind for program in PROGRAMS}), help="compare these")
     add("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the model and the runs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for speed.json and speed.png")
@@ -119,12 +83,13 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], int, int]:
-    """Writes what all programs read; returns it with the parameters of the backbone and of the head."""
+def _prepare(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], StepCost]:
+    """Writes what all programs read; returns it with the operations that a pair needs."""
     from benchmarks import workload
 
-    width, model = 512, args.cache / "llama-53m"
-    parameters = workload.write_model(model, layers=12, width=width, inner=1280, heads=8, kv_heads=8, tied=True)
+    layers, width, model = 12, 512, args.cache / "llama-53m"
+    parameters = workload.write_model(model, layers=layers, width=width, inner=1280, heads=8, kv_heads=8, tied=True)
+    head = workload.VOCABULARY * width
     count = args.steps * PAIRS_PER_STEP
     if args.data is None:
         pairs = workload.synthetic_pairs(count)
@@ -145,11 +110,12 @@ def _prepare(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], int,
             "policy_config": str(policy),
             "reference_config": str(reference),
             "steps": args.steps,
+            "pairs_per_step": PAIRS_PER_STEP,
             # With the EOS of each response.
             "lengths": [[len(prompt), len(chosen) + 1, len(rejected) + 1] for prompt, chosen, rejected in pairs],
         },
-        parameters - workload.VOCABULARY * width,
-        workload.VOCABULARY * width,
+        # 6 operations for the policy's forward and backward, 2 for the reference's forward.
+        StepCost(parameters - head, head, attention=2 * layers * width, passes=8),
     )
 
 
@@ -250,118 +216,6 @@ def _matmul_flops() -> float:
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(RANKS)
     ]
     return sum(float(process.communicate()[0]) for process in processes)
-
-
-def _report(
-    measured: dict[Program, Measured],
-    given: dict[str, Any],
-    rates: list[float],
-    *,
-    backbone: int,
-    head: int,
-    warm_up: int,
-) -> dict[str, Any]:
-    timed = given["lengths"][warm_up * PAIRS_PER_STEP :]
-    steps = given["steps"] - warm_up
-    scored = sum(chosen + rejected for _, chosen, rejected in timed)
-    # 6 operations for the policy's forward and backward, 2 for the reference's forward.
-    flops = 8 * (backbone * sum(sum(pair) for pair in timed) + head * scored) / steps
-    rate = max(rates)  # a bound; whatever else ran can only have lowered the others
-    rows = []
-    for program, found in measured.items():
-        row: dict[str, Any] = {"program": program.name, "micro_batch": program.micro_batch, "skipped": found.skipped}
-        if found.skipped is None:
-            counted = [seconds[warm_up:] for seconds in found.step_seconds]
-            # A step's seconds depend on its pairs, so steps are averaged, and runs are what noise is taken out of.
-            row["seconds_a_step"] = statistics.median(statistics.mean(run) for run in counted)
-            row["seconds_of_runs"] = [statistics.mean(run) for run in counted]
-            row["step_seconds"] = found.step_seconds
-            row["share_of_bound"] = flops / rate / row["seconds_a_step"]
-            row["peak_gib_a_rank"] = found.peak_rss / 2**30
-            row["losses"] = found.losses
-        rows.append(row)
-    return {
-        "model": f"Llama, {given['parameters'] / 1e6:.1f} M parameters, random, bfloat16",
-        "pairs": f"{given['data']}, {PAIRS_PER_STEP} a step",
-        "mean_tokens": dict(
-            zip(
-                ("prompt", "chosen", "rejected"), map(statistics.mean, zip(*given["lengths"], strict=True)), strict=True
-            )
-        ),
-        "ranks": RANKS,
-        "processor": _processor(),
-        "versions": _versions(),
-        "matmul_gflops": [rate_of_round / 1e9 for rate_of_round in rates],
-        "step_gflop": flops / 1e9,
-        "bound_seconds": flops / rate,
-        "programs": rows,
-    }
-
-
-def table(report: dict[str, Any]) -> str:
-    """Returns the report's table, in Markdown."""
-    ran = [row for row in report["programs"] if row["skipped"] is None]
-    best = min(row["seconds_a_step"] for row in ran)
-    lines = [
-        "| program | seconds a step | times the fastest | share of the bound | peak RSS a rank | loss of the steps |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in ran:
-        runs = ", ".join(f"{seconds:.2f}" for seconds in row["seconds_of_runs"])
-        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-        lines.append(
-            f"| {row['program']} | {row['seconds_a_step']:.2f} ({runs}) | {row['seconds_a_step'] / best:.2f} "
-            f"| {row['share_of_bound']:.0%} | {row['peak_gib_a_rank']:.2f} GiB | {losses} |"
-        )
-    lines += [f"| {row['program']} | skipped: {row['skipped']} |||||" for row in report["programs"] if row["skipped"]]
-    tokens = report["mean_tokens"]
-    lines.append(
-        f"\n{report['model']}; pairs: {report['pairs']}, on average {tokens['prompt']:.0f} + {tokens['chosen']:.0f} + "
-        f"{tokens['rejected']:.0f} tokens; {report['ranks']} ranks of one thread, {report['processor']}.\n"
-        f"Matrix-product bound: {report['step_gflop']:.0f} GFLOP a step at "
-        f"{max(report['matmul_gflops']):.0f} GFLOP/s = {report['bound_seconds']:.2f} s."
-    )
-    return "\n".join(lines)
-
-
-def draw(report: dict[str, Any], file: Path) -> None:
-    """Draws seconds a step and memory of each program as bars."""
-    rows = [row for row in report["programs"] if row["skipped"] is None][::-1]
-    names = [row["program"] for row in rows]
-    figure = Figure(figsize=(9, 1.1 + 0.45 * len(rows)), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, key, title, form in (
-        (left, "seconds_a_step", "seconds a step", "{:.1f}"),
-        (right, "peak_gib_a_rank", "peak memory of a rank, GiB", "{:.1f}"),
-    ):
-        values = [row[key] for row in rows]
-        colors = ["tab:blue" if name.startswith("dpo_ds") else "tab:gray" for name in names]
-        bars = axes.barh(names, values, color=colors)
-        axes.bar_label(bars, [form.format(value) for value in values], padding=3)
-        axes.set_title(title, fontsize=10)
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    bound = report["bound_seconds"]
-    left.axvline(bound, color="black", linewidth=0.8, linestyle="--")
-    left.set_xlabel(f"dashed: the matrix products that a step needs, alone, {bound:.1f}", fontsize=8)
-    figure.savefig(file)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "deepspeed", "transformers", "trl"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 # glibc would map every large tensor anew and hand it back when it is freed, which costs a CPU rank a quarter of a step;

@@ -11,7 +11,7 @@ from dpo_ds.engine.world import World
 BLOCK_PAIRS = 2048
 """Pairs of one file: what a killed pass loses at most, and enough micro-batches for many ranks."""
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Counts the changes of this package after which the same weights score otherwise."""
 
 _PIECE_BYTES = 2**26
