@@ -21,6 +21,25 @@ class RunError(Exception):
     """
 
 
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """A run that was asked to stop, and has saved what it needs to go on.
+
+    It is raised on every rank at the same point, after saving. The command line exits with code 200.
+
+    Attributes:
+        reason: the signal or the deadline.
+        step: the last optimizer step that was taken, 0 before the first.
+        checkpoint: the newest checkpoint, relative to the output folder; None where nothing had to be saved.
+    """
+
+    def __init__(self, reason: str, *, step: int, checkpoint: str | None) -> None:
+        """Says what ``RESUME.json`` will say."""
+        super().__init__(f"stopped by {reason} after step {step}; the same command goes on from there")
+        self.reason = reason
+        self.step = step
+        self.checkpoint = checkpoint
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of a library's message, or its class's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

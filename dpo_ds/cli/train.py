@@ -4,11 +4,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dpo_ds.config import parse_run
-from dpo_ds.errors import PeerError, RunError, UserError
+from dpo_ds.errors import PeerError, RunError, Stopped, UserError
+from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
+from dpo_ds.launcher.marker import STOPPED_CODE, unmark
+from dpo_ds.launcher.signals import ignore_signals
 
 if TYPE_CHECKING:
     from dpo_ds.cli.preflight import Inputs
@@ -21,7 +25,8 @@ _HEAD_START_S = 2  # of the rank that speaks
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one rank of a training run.
 
-    Exits with 0 when done, 2 when the user's config or data is wrong, 1 when the run cannot be right.
+    Exits with 0 when done, 2 when the user's config or data is wrong, 1 when the run cannot be right, 200 when it was
+    asked to stop and has saved what it needs to go on.
 
     Args:
         argv: the arguments behind the script's name; None takes the process's.
@@ -44,6 +49,8 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
         work: what every rank does; the inputs are None on ranks that do not speak for their node.
     """
     identity = Identity.from_environment()
+    end_with_launcher()
+    folder = None
     try:
         run = parse_run(argv)
         os.environ.update(run.config.env)
@@ -53,6 +60,7 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
             if identity.rank == 0:
                 print(preflight(run, ranks=identity.size).plan)
             return
+        folder = Path(run.config.output_dir)
         from dpo_ds.engine.meeting import Meeting
 
         inputs = None
@@ -67,7 +75,15 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
     except PeerError:
         time.sleep(_HEAD_START_S)
         sys.exit(2)
+    except Stopped as stopped:
+        # DeepSpeed's launcher ends the ranks that are a moment later than the first, whose 200 would become 143.
+        ignore_signals()
+        if identity.rank == 0:
+            print(stopped, flush=True)
+        sys.exit(STOPPED_CODE)
     except (UserError, RunError) as error:
+        if folder is not None and identity.rank == 0:
+            unmark(folder)  # a scheduler that started this run again would meet the same error
         _leave(identity, error)
 
 

@@ -21,6 +21,7 @@ _BUILD_TIMEOUT_S = 300
 _PROGRAM = "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 _CPU_COLLECTIVE = ("ShareMemCommBuilder", "CPU collective")
 _CPU_ADAM = ("CPUAdamBuilder", "CPU Adam")
+_FILE_ACCESS = ("AsyncIOBuilder", "file access")
 
 
 def expose_ninja() -> None:
@@ -34,8 +35,11 @@ def expose_ninja() -> None:
 
 def keeps_optimizer_on_host(ds_config: Mapping[str, Any]) -> bool:
     """Returns whether a ds_config keeps masters and Adam's states in host memory or on NVMe, where CPU Adam works."""
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return str(offload.get("device", "none")) != "none"
+    return _offload_device(ds_config, "offload_optimizer") != "none"
+
+
+def _offload_device(ds_config: Mapping[str, Any], section: str) -> str:
+    return str((ds_config["zero_optimization"].get(section) or {}).get("device", "none"))
 
 
 def build_extensions(policy_config: Mapping[str, Any]) -> None:
@@ -52,6 +56,13 @@ def build_extensions(policy_config: Mapping[str, Any]) -> None:
     wanted = [_CPU_COLLECTIVE] if get_accelerator().device_name() == "cpu" else []
     if keeps_optimizer_on_host(policy_config):
         wanted.append(_CPU_ADAM)
+    if "nvme" in (_offload_device(policy_config, section) for section in ("offload_optimizer", "offload_param")):
+        wanted.append(_FILE_ACCESS)
+        if not get_accelerator().create_op_builder(_FILE_ACCESS[0]).is_compatible(verbose=False):
+            raise UserError(
+                "the policy's ds_config offloads to files, for which DeepSpeed needs libaio; install it (Debian and "
+                "Ubuntu: apt-get install libaio-dev), or offload to the cpu"
+            )
     for builder, what in wanted:
         _build(get_accelerator().create_op_builder(builder), what)
 

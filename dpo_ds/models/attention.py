@@ -3,7 +3,7 @@
 It takes the place of a model's own attention through transformers' attention interface. No rank may enter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,6 +23,9 @@ ATTENTION = "shared_prompt"
 
 QUERY_BLOCK = 256
 """Queries whose scores exist at a time, where no kernel does without them."""
+
+WHOLE_PAIR = 512
+"""Tokens of a pair up to which all its scores are computed at once, those that count for nothing, too."""
 
 _LAYERS = {"full_attention", "sliding_attention"}
 
@@ -154,55 +157,79 @@ def block_mask(spans: tuple[Span, ...], *, window: int | None, device: torch.dev
         window: tokens that a token sees, itself included; None: all before it.
         device: of the row.
     """
+    rule = _visible(spans, window=window, device=device)
+    return create_block_mask(
+        lambda _batch, _head, query, key: rule(query, key),
+        None,
+        None,
+        spans[-1].end,
+        spans[-1].end,
+        device=device,
+        _compile=device.type == "cuda",
+    )
+
+
+def _visible(
+    spans: tuple[Span, ...], *, window: int | None, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns the rule of who sees whom, a function of the places of queries and keys in the row."""
     lengths = torch.tensor([(s.prompt, s.chosen, s.rejected) for s in spans])
     origins = torch.tensor([(s.start, s.start, s.start + s.chosen) for s in spans])
     part = torch.arange(3).repeat(len(spans)).repeat_interleave(lengths.flatten()).to(device)
     pair = torch.arange(len(spans)).repeat_interleave(lengths.sum(1)).to(device)
     position = (torch.arange(spans[-1].end) - origins.flatten().repeat_interleave(lengths.flatten())).to(device)
 
-    def is_visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(query: Tensor, key: Tensor) -> Tensor:
         distance = position[query] - position[key]
         visible = (pair[query] == pair[key]) & ((part[key] == 0) | (part[key] == part[query])) & (distance >= 0)
         return visible if window is None else visible & (distance < window)
 
-    return create_block_mask(
-        is_visible, None, None, spans[-1].end, spans[-1].end, device=device, _compile=device.type == "cuda"
-    )
+    return is_visible
 
 
 class _Block(NamedTuple):
-    """Queries of one response, or of a prompt, and the keys that the last of them sees.
+    """Queries and the keys that they see, of a whole short pair, or of a part of a long one.
 
     Attributes:
         rows: the queries.
         columns: the keys: the prompt's and the response's own, or both in one where they are neighbours.
-        behind: how many of the keys lie before the first query.
+        behind: of a part, how many of the keys lie before the first query.
+        pair: of a whole pair, the tokens of its prompt, its chosen and its rejected response.
     """
 
     rows: slice
     columns: tuple[slice, ...]
-    behind: int
+    behind: int = 0
+    pair: tuple[int, int, int] | None = None
 
 
 def _blocks(spans: tuple[Span, ...], window: int | None) -> Iterator[_Block]:
     for span in spans:
-        prompt_and_chosen = span.prompt + span.chosen
-        # Positions count from the prompt's first token; a rejected one lies `gap` tokens further in the row.
-        for begin, end, gap in (
-            (0, prompt_and_chosen, 0),
-            (span.prompt, span.prompt + span.rejected, span.chosen),
-        ):
-            for first in range(begin, end, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, end)
-                oldest = 0 if window is None else max(0, first - window + 1)
-                shared = slice(span.start + oldest, span.start + span.prompt)
-                own = slice(span.start + gap + max(oldest, span.prompt), span.start + gap + last)
-                columns = (slice(shared.start, own.stop),) if gap == 0 else (shared, own)
-                yield _Block(
-                    slice(span.start + gap + first, span.start + gap + last),
-                    tuple(c for c in columns if c.stop > c.start),
-                    first - oldest,
-                )
+        if span.end - span.start <= WHOLE_PAIR:
+            whole = slice(span.start, span.end)
+            yield _Block(whole, (whole,), pair=(span.prompt, span.chosen, span.rejected))
+        else:
+            yield from _blocks_of(span, window)
+
+
+def _blocks_of(span: Span, window: int | None) -> Iterator[_Block]:
+    prompt_and_chosen = span.prompt + span.chosen
+    # Positions count from the prompt's first token; a rejected one lies `gap` tokens further in the row.
+    for begin, end, gap in (
+        (0, prompt_and_chosen, 0),
+        (span.prompt, span.prompt + span.rejected, span.chosen),
+    ):
+        for first in range(begin, end, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, end)
+            oldest = 0 if window is None else max(0, first - window + 1)
+            shared = slice(span.start + oldest, span.start + span.prompt)
+            own = slice(span.start + gap + max(oldest, span.prompt), span.start + gap + last)
+            columns = (slice(shared.start, own.stop),) if gap == 0 else (shared, own)
+            yield _Block(
+                slice(span.start + gap + first, span.start + gap + last),
+                tuple(c for c in columns if c.stop > c.start),
+                behind=first - oldest,
+            )
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -244,14 +271,15 @@ class _BlockedAttention(torch.autograd.Function):
         # A prompt's keys gather from both responses, and from every block of them.
         dkey = torch.zeros_like(key, dtype=torch.float32)
         dvalue = torch.zeros_like(value, dtype=torch.float32)
+        attended = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)
         for block, weights in zip(_blocks(spans, window), kept, strict=True):
             queries, keys, values = _of_block(block, query, key, value)
             slope = None
             if weights is None:
                 weights, slope = _weights(queries, keys, block, window=window, scale=scale, softcap=softcap)
-            dout, attended = (_fold(x.transpose(1, 2)[:, :, block.rows], key) for x in (grad, out))
+            dout = _fold(grad.transpose(1, 2)[:, :, block.rows], key)
             dscores = torch.bmm(dout, values.transpose(1, 2))
-            dscores.sub_((dout.float() * attended.float()).sum(-1, keepdim=True)).mul_(weights)
+            dscores.sub_(_fold(attended[:, :, block.rows], key)).mul_(weights)
             if slope is not None:
                 dscores.mul_(slope)
             _put(dquery[:, :, block.rows], torch.bmm(dscores, keys).mul_(scale))
@@ -295,12 +323,31 @@ def _weights(
     queries: Tensor, keys: Tensor, block: _Block, *, window: int | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the attention weights of a block and, with a softcap, the slope of the capped scores."""
-    rows, columns = block.rows.stop - block.rows.start, keys.shape[1]
-    mask = queries.new_full((rows, columns), -torch.inf).triu_(block.behind + 1)
-    if window is not None:
-        mask += queries.new_full((rows, columns), -torch.inf).tril_(block.behind - window)
-    mask = mask.repeat(queries.shape[1] // rows, 1)
+    shape = (len(queries), queries.shape[1], keys.shape[1])
     if softcap is None:
-        return torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale).softmax(-1), None
-    capped = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale / softcap).tanh_()
-    return (capped * softcap + mask).softmax(-1), 1 - capped.square()
+        scores = queries.new_empty(shape).baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
+        slope = None
+    else:
+        capped = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale / softcap).tanh_()
+        scores, slope = capped * softcap, 1 - capped.square()
+    mask = _mask(block, window=window, dtype=scores.dtype, device=scores.device)
+    scores.view(shape[0], -1, *mask.shape).add_(mask)  # the heads that share a key lie below each other
+    return scores.softmax(-1), slope
+
+
+def _mask(block: _Block, *, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if block.pair is not None:
+        return _mask_of_pair(block.pair, window=window, dtype=dtype, device=device)
+    rows, columns = block.rows.stop - block.rows.start, sum(c.stop - c.start for c in block.columns)
+    hidden = torch.full((rows, columns), -torch.inf, dtype=dtype, device=device)
+    mask = hidden.triu(block.behind + 1)
+    return mask if window is None else mask.add_(hidden.tril_(block.behind - window))
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch share it, in forward and in backward
+def _mask_of_pair(
+    pair: tuple[int, int, int], *, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    place = torch.arange(sum(pair), device=device)
+    visible = _visible((Span(0, *pair),), window=window, device=device)(place[:, None], place[None, :])
+    return torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)

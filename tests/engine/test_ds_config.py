@@ -157,6 +157,10 @@ def test_stated_values_are_named_as_in_the_run_file(written):
         ({**STAGE_3, "managed_gradient_accumulation": True}, "accumulation must not be here: the number of micro-b"),
         ({**STAGE_3, "scheduler": {"type": "WarmupLR"}}, ": scheduler must not be here: train.schedule"),
         ({**STAGE_3, "optimizer": {"type": "AdamW"}}, ": optimizer must not be here: "),
+        (
+            {**STAGE_3, "bf16": {"bf16_master_weights_and_grads": True}},
+            "grads must not be here: at DPO",
+        ),
         ({**STAGE_3, "bfloat16": {"enabled": True}}, ': bfloat16 must not be here: its name is "bf16"'),
     ],
 )

@@ -73,6 +73,14 @@ def test_a_build_that_breaks_is_one_line(nothing_built, monkeypatch, tmp_path):
     assert "no room" in last
 
 
+def test_missing_libaio_is_named_with_what_to_install(nothing_built, monkeypatch):
+    # A compiler that links nothing stands for a machine without the library.
+    monkeypatch.setenv("CC", "false")
+    to_files = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    with pytest.raises(UserError, match=r"DeepSpeed needs libaio; install it .*libaio-dev"):
+        build_extensions(to_files)
+
+
 @pytest.mark.parametrize(
     ("offload", "on_host"),
     [(None, False), ({"device": "none"}, False), ({}, False), ({"device": "cpu"}, True), ({"device": "nvme"}, True)],
