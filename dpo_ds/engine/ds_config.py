@@ -31,12 +31,10 @@ _OWNED = {
     "managed_gradient_accumulation": "the number of micro-batches varies from step to step",
     "scheduler": "train.schedule and train.warmup_ratio set the learning rate",
     "bfloat16": 'its name is "bf16"',
-}
-_OWNED_BY_POLICY = _OWNED | {
-    "optimizer": "train.optimizer and the keys beside it say what it is",
     "bf16.bf16_master_weights_and_grads": "at DPO's learning rates most updates of bfloat16 masters round to nothing; "
     "offload float32 masters instead (ds_configs/zero3_offload_optimizer.json)",
 }
+_OWNED_BY_POLICY = _OWNED | {"optimizer": "train.optimizer and the keys beside it say what it is"}
 _OWNED_BY_REFERENCE = _OWNED | {
     "optimizer": "a reference never moves; with an optimizer DeepSpeed would allocate its states",
     "gradient_clipping": "a reference has no gradients",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
-from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_head
+from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_modules
 from dpo_ds.engine.world import World
 from dpo_ds.models.scorer import Scorer
 
@@ -37,7 +37,7 @@ class PolicyEngine:
             eps: AdamW's epsilon.
             weight_decay: decoupled decay of matrices; vectors (biases, norms) do not decay.
         """
-        register_head(scorer)
+        register_modules(scorer)
         parameters: list[ZeroParameter] = list(scorer.parameters())
         groups = [
             {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": weight_decay},

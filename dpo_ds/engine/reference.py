@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
-from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_head
+from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_modules
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError
 from dpo_ds.models.scorer import Scorer
@@ -28,7 +28,7 @@ class ReferenceEngine:
             world: the ranks.
         """
         scorer.requires_grad_(False).eval()
-        register_head(scorer)
+        register_modules(scorer)
         # Without an optimizer DeepSpeed keeps no gradients, no masters and no states: parameter sharding and its hooks.
         self.engine, *_ = deepspeed.initialize(model=scorer, config=dict(ds_config))
         self._world = world

@@ -13,10 +13,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_modules
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from dpo_ds.engine.world import World
@@ -99,11 +101,15 @@ def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
     del living
 
 
-def register_head(scorer: Scorer) -> None:
-    """Tells ZeRO-3 that a scorer uses its model's head outside of the head's own module."""
+def register_modules(scorer: Scorer) -> None:
+    """Tells ZeRO-3 when a scorer needs which weights, which it cannot see for itself."""
+    # The head is used outside of its own module.
     for parameter in (scorer.head.weight, scorer.head.bias):
         if parameter is not None:
             deepspeed.zero.register_external_parameter(scorer, parameter)
+    # A layer's weights come and go together: one gather in place of one a matrix, and no rank may be the only one to
+    # skip an expert.
+    set_z3_leaf_modules(scorer.model, [GradientCheckpointingLayer], raise_if_not_found=False)
 
 
 def fingerprint(model: nn.Module, world: World) -> str:
