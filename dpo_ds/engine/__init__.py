@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_ds.engine.extensions import keeps_optimizer_on_host
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import load_sharded
@@ -59,7 +60,8 @@ def initialize(
     Raises:
         UserError: a checkpoint cannot be opened, or does not fill its model exactly.
     """
-
+    if keeps_optimizer_on_host(policy_config):
+        world.spare_memory()
     policy_scorer = Scorer(
         load_sharded(
             policy,
@@ -76,6 +78,7 @@ def initialize(
         renamed = hasattr(model, "activation_checkpointing_enable")
         enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    world.trim_memory()  # whole tensors passed through while shards were cut from them
     policy_engine = PolicyEngine(
         policy_scorer,
         ds_config=policy_config,
@@ -84,6 +87,7 @@ def initialize(
         eps=eps,
         weight_decay=weight_decay,
     )
+    world.trim_memory()  # the shards moved into one buffer
     reference_engine = None
     if reference is not None and reference_config is not None:
         reference_engine = initialize_reference(
@@ -94,7 +98,6 @@ def initialize(
             attention=attention,
             trust_remote_code=trust_remote_code,
         )
-    world.trim_memory()  # whole tensors passed through while shards were cut from them
     return Engines(policy_engine, reference_engine)
 
 

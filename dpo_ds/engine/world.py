@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of the run. Every method but ``trim_memory`` and ``synchronize`` is collective."""
+    """All ranks of the run. Every method is collective, but those about memory and ``synchronize``."""
 
     def __init__(self, identity: Identity, device: torch.device) -> None:
         self.rank = identity.rank
@@ -79,6 +79,10 @@ class World:
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
 
+    def spare_memory(self) -> None:
+        """Hands freed memory back as it comes, from now on, at the price of some time: where memory is short."""
+        _keep_freed_memory(up_to=2**26, mapping_from=2**24)
+
     def synchronize(self) -> None:
         """Waits until this rank's device has finished its work."""
         get_accelerator().synchronize()
@@ -124,11 +128,13 @@ class World:
             Path("/dev/shm", f"{name}_{self.rank}").unlink()
 
 
-def _keep_freed_memory() -> None:
+def _keep_freed_memory(*, up_to: int = 2**31 - 1, mapping_from: int | None = None) -> None:
     # glibc maps every large tensor anew and hands it back when it is freed, so that a CPU rank spends a quarter of a
     # step on page faults. Elsewhere than on glibc there is no mallopt, and nothing to do.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+        libc.mallopt(m_trim_threshold, up_to)
+        libc.mallopt(m_mmap_max, 0 if mapping_from is None else 2**16)
+        if mapping_from is not None:
+            libc.mallopt(m_mmap_threshold, mapping_from)
