@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.report import Measured, Program, draw, summary, table
+from benchmarks.training import MALLOC, TrainingRun, steps_of
 from dpo_ds.throughput import StepCost
 
 RANKS = 2
@@ -142,33 +143,24 @@ def _run(program: Program, measured: Measured, given: dict[str, Any], *, folder:
 
 
 def _dpo_ds(program: Program, given: dict[str, Any], folder: Path) -> list[str]:
-    run = {
-        "model": {"policy": given["model"]},
-        "data": {"train": given["pairs"], "max_length": 512, "shuffle": False},
-        "loss": {"beta": BETA},
-        "train": {
-            "pairs_per_step": PAIRS_PER_STEP,
-            "tokens_per_micro_batch": program.micro_batch,
-            "layout": program.layout,
-            "max_steps": given["steps"],
-            "learning_rate": LEARNING_RATE,
-            "schedule": "constant",
-            "warmup_ratio": 0.0,
-        },
-        "deepspeed": {"policy": "ds_configs/zero3_cpu.json", "reference": "ds_configs/zero3_reference_cpu.json"},
-        "tracking": {"wandb": "disabled"},
-        "output_dir": str(folder / "run"),
-    }
-    config = folder / "run.yaml"
-    config.write_text(json.dumps(run))  # JSON is YAML
-    return ["launch/train.py", "--config", str(config)]
+    run = TrainingRun(
+        model=given["model"],
+        pairs=given["pairs"],
+        max_length=512,
+        pairs_per_step=PAIRS_PER_STEP,
+        tokens_per_micro_batch=program.micro_batch,
+        steps=given["steps"],
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        layout=program.layout,
+    )
+    return ["launch/train.py", "--config", str(run.write(folder))]
 
 
 def _dpo_ds_results(folder: Path) -> tuple[list[float], list[float], list[str]]:
     from dpo_ds.data.prepare import open_prepared
 
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["split"] == "train"]
+    steps = steps_of(folder)
     pairs = open_prepared(next(path.parent for path in (folder / "run" / "data").rglob("manifest.json")))
     ids = [pairs.pair(index).id for index in range(len(pairs))]
     return [line["step_seconds"] for line in steps], [line["loss"] for line in steps], ids
@@ -217,10 +209,6 @@ def _matmul_flops() -> float:
     ]
     return sum(float(process.communicate()[0]) for process in processes)
 
-
-# glibc would map every large tensor anew and hand it back when it is freed, which costs a CPU rank a quarter of a step;
-# dpo_ds's ranks ask for the same by mallopt.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 if __name__ == "__main__":
     main()

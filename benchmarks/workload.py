@@ -55,7 +55,9 @@ class Workload:
     reference_config: Path
 
 
-def write_model(folder: Path, *, layers: int, width: int, inner: int, heads: int, kv_heads: int, tied: bool) -> int:
+def write_model(
+    folder: Path, *, layers: int, width: int, inner: int, heads: int, kv_heads: int, tied: bool, positions: int = 2048
+) -> int:
     """Writes a Llama with random bfloat16 weights and the word tokenizer, unless the folder holds it already.
 
     Weights are drawn layer by layer and written file by file, so that a large model needs little memory.
@@ -68,6 +70,7 @@ def write_model(folder: Path, *, layers: int, width: int, inner: int, heads: int
         heads: of queries.
         kv_heads: of keys and values.
         tied: whether the head is the embedding.
+        positions: longest sequence.
 
     Returns:
         The number of parameters.
@@ -79,7 +82,7 @@ def write_model(folder: Path, *, layers: int, width: int, inner: int, heads: int
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
@@ -141,6 +144,14 @@ def synthetic_pairs(count: int) -> list[Ids]:
         if prompt + max(chosen, rejected) <= LONGEST:
             pairs.append((drawn[0], drawn[1], drawn[2]))
     return pairs
+
+
+def equal_pairs(count: int, *, tokens: int) -> list[Ids]:
+    """Returns pairs of random tokens, all of one length: half of it prompt, a quarter each response with its EOS."""
+    random = np.random.RandomState(0)
+    sizes = (tokens - 2 * (tokens // 4), tokens // 4 - 1, tokens // 4 - 1)
+    drawn = [[random.randint(len(_SPECIAL), VOCABULARY, n).tolist() for n in sizes] for _ in range(count)]
+    return [(prompt, chosen, rejected) for prompt, chosen, rejected in drawn]
 
 
 def real_pairs(data: Path, tokenizer: Path, count: int, *, work: Path) -> list[Ids]:

@@ -1,0 +1,58 @@
+"""Runs of launch/train.py: what a benchmark writes for one, and what it reads when it has ended."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# glibc would map every large tensor anew and hand it back when it is freed, which costs a CPU rank a quarter of a step;
+# dpo_ds's ranks ask for the same by mallopt.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run whose learning rate is constant and whose pairs come in the file's order; the names are the run file's."""
+
+    model: str
+    pairs: str
+    max_length: int
+    pairs_per_step: int
+    tokens_per_micro_batch: int
+    steps: int
+    learning_rate: float = 1e-5
+    beta: float = 0.1
+    layout: str = "auto"
+    reference_mode: str = "engine"
+    policy_config: str = "ds_configs/zero3_cpu.json"
+    reference_config: str = "ds_configs/zero3_reference_cpu.json"
+
+    def write(self, folder: Path) -> Path:
+        """Writes the run file into a folder, where the run's output goes, too; returns its path."""
+        run = {
+            "model": {"policy": self.model},
+            "data": {"train": self.pairs, "max_length": self.max_length, "shuffle": False},
+            "loss": {"beta": self.beta},
+            "reference": {"mode": self.reference_mode},
+            "train": {
+                "pairs_per_step": self.pairs_per_step,
+                "tokens_per_micro_batch": self.tokens_per_micro_batch,
+                "layout": self.layout,
+                "max_steps": self.steps,
+                "learning_rate": self.learning_rate,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+            "deepspeed": {"policy": self.policy_config, "reference": self.reference_config},
+            "tracking": {"wandb": "disabled"},
+            "output_dir": str(folder / "run"),
+        }
+        config = folder / "run.yaml"
+        config.write_text(json.dumps(run))  # JSON is YAML
+        return config
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the metrics of each optimizer step of a run that ``TrainingRun.write`` put into a folder."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
