@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NoReturn
 
@@ -17,8 +17,10 @@ from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training, regroup
 from dpo_ds.engine import Engines, World
+from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.reference_cache import CachedReference
-from dpo_ds.errors import RunError
+from dpo_ds.engine.stopping import Agreement
+from dpo_ds.errors import RunError, Stopped, UserError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
 from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, starts_equal
 from dpo_ds.learning_rate import learning_rate
@@ -50,8 +52,10 @@ class Trainer:
         evaluation: PreparedPairs | None,
         world: World,
         tracker: Tracker,
+        checkpoints: Checkpoints,
         matmul_flops: float,
         packed: bool,
+        agreement: Agreement,
         cached: CachedReference | None = None,
     ) -> None:
         """Composes a run.
@@ -63,8 +67,10 @@ class Trainer:
             evaluation: held-out pairs, or None.
             world: the ranks.
             tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
+            checkpoints: where the run is saved.
             matmul_flops: operations a second of all ranks' matrix products together, for ``mfu``.
             packed: whether all pairs of a micro-batch share one row, and its responses their prompt.
+            agreement: whether the ranks were asked to stop.
             cached: the reference's log-probs where it has no engine.
         """
         self._engines = engines
@@ -73,8 +79,11 @@ class Trainer:
         self._evaluation = evaluation
         self._world = world
         self._tracker = tracker
+        self._checkpoints = checkpoints
+        self._progress = Progress()
         self._matmul_flops = matmul_flops
         self._packed = packed
+        self._agreement = agreement
         self._cached = cached
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         self._train_costs = self._costs(train)
@@ -115,31 +124,61 @@ class Trainer:
         )
         return True
 
-    def run(self) -> Trained:
-        """Trains all steps of the schedule, and evaluates before, every ``eval_every`` steps, and after them.
+    def run(self, start: Progress = Progress()) -> Trained:  # noqa: B008 (immutable)
+        """Trains the steps of the schedule, evaluates before, every ``eval_every`` steps, and after them, and saves.
+
+        Args:
+            start: where a checkpoint was restored from; the beginning by default.
 
         Raises:
+            UserError: a checkpoint cannot be written.
             RunError: a loss or a gradient is not finite, or the reference has moved.
+            Stopped: the ranks were asked to stop; the run is saved as it was after its last whole step.
         """
-        steps, eval_every = self.schedule.steps, self._config.train.eval_every
-        tokens = seconds = 0.0
-        self.evaluate(after_step=0)
-        with tqdm(total=self.schedule.total_pairs, unit="pair", disable=self._world.rank != 0) as bar:
-            for step in range(1, steps + 1):
+        steps, settings = self.schedule.steps, self._config.checkpoint
+        self._progress = start
+        if start.step == 0:
+            self._check_best(self.evaluate(after_step=0))
+        elif start.evaluation is None and self._is_due(self._config.train.eval_every, start.step):
+            # Stopped in the middle of it.
+            self._progress = replace(start, evaluation=self.evaluate(after_step=start.step) or None)
+        total, done = (replace(self.schedule, steps=number).total_pairs for number in (steps, start.step))
+        with tqdm(total=total, initial=done, unit="pair", disable=self._world.rank != 0) as bar:
+            for step in range(start.step + 1, steps + 1):
                 metrics = self.train(step)
-                tokens += metrics["tokens"]
-                seconds += metrics["step_seconds"]
                 bar.set_postfix_str(
                     "loss {loss:.4f} margin {rewards/margins:.3f} accuracy {rewards/accuracies:.2f}".format(**metrics)
                 )
                 bar.update(int(metrics["pairs"]))
                 if step % self._config.tracking.log_every == 0 or step == steps:
                     self._tracker.log({"step": step, "split": "train", **metrics})
-                if step == steps or (eval_every is not None and step % eval_every == 0):
-                    self.evaluate(after_step=step)
+                # Before the evaluation, which may be stopped: the weights are those after the step.
+                self._progress = replace(
+                    self._progress,
+                    step=step,
+                    tokens=self._progress.tokens + int(metrics["tokens"]),
+                    train_seconds=self._progress.train_seconds + metrics["step_seconds"],
+                    evaluation=None,
+                )
+                if self._is_due(self._config.train.eval_every, step):
+                    evaluation = self.evaluate(after_step=step)
+                    self._progress = replace(self._progress, evaluation=evaluation or None)
+                if settings.every is not None and self._is_due(settings.every, step):
+                    self.save()
         if self._engines.reference is not None:
             self._engines.reference.check()
-        return Trained(steps, self.schedule.total_pairs, int(tokens), seconds)
+        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
+
+    def save(self) -> None:
+        """Saves the run as it was after its last whole step.
+
+        Raises:
+            UserError: the checkpoint cannot be written.
+        """
+        mark = self._tracker.mark()
+        self._checkpoints.save(
+            replace(self._progress, metrics_bytes=mark.metrics_bytes, wandb_run_id=mark.wandb_run_id)
+        )
 
     def train(self, step: int) -> dict[str, float]:
         """Takes optimizer step ``step`` (from 1); returns the metrics of its batch, before its update, over all ranks.
@@ -226,6 +265,14 @@ class Trainer:
         self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
         return metrics
 
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return step == self.schedule.steps or (every is not None and step % every == 0)
+
+    def _check_best(self, evaluation: dict[str, float]) -> None:
+        name = self._config.checkpoint.keep_best
+        if name is not None and name not in evaluation:
+            raise UserError(f"checkpoint.keep_best must be one of {', '.join(evaluation)}, got {name!r}")
+
     def _scored_by_equal_weights(self) -> list[tuple[PairBatch, Tensor]]:
         """Returns this rank's micro-batches of the gate and the reference's log-probs, which the policy has, too."""
         if self._cached is None:
@@ -282,9 +329,20 @@ class Trainer:
             return self._cached.logps(pairs, indices).to(self._world.device)
         if self._engines.reference is None:
             return torch.zeros(2, len(batch.weights), device=self._world.device)
+        self._heed()
         return self._engines.reference.score(batch)
 
+    def _heed(self) -> None:
+        """Saves and raises ``Stopped`` on all ranks once one was asked to; a step that was begun is taken again."""
+        if reason := self._agreement.ask():
+            step, checkpoint = self._progress.step, None
+            if step:
+                self.save()
+                checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
+            raise Stopped(reason.name, step=step, checkpoint=checkpoint)
+
     def _compare(self, batch: PairBatch, reference: Tensor) -> tuple[PreferenceLoss, PairLogps]:
+        self._heed()
         logps = PairLogps(*self._engines.policy.score(batch), *reference, *batch.response_tokens.view(2, -1))
         settings = self._config.loss
         loss = preference_loss(

@@ -204,9 +204,10 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("output_dir", "", "must be the name of a folder, got ''"),
         ("reference.mode", "adapter", "must be 'engine' or 'cache' or 'none' in this version, got 'adapter': "),
         ("reference.tokens_per_micro_batch", "9", r"must be null or >= train.tokens_per_micro_batch, got 9"),
-        ("checkpoint.every", "5", "must be null in this version, got 5: "),
-        ("checkpoint.keep", "1", "must be 2 in this version, got 1: "),
-        ("checkpoint.resume", "never", "must be 'auto' in this version, got 'never': "),
+        ("checkpoint.every", "0", "must be >= 1 or null, got 0"),
+        ("checkpoint.keep", "0", "must be >= 1, got 0"),
+        ("checkpoint.keep_every", "5", "must be null or a multiple of checkpoint.every, got 5"),
+        ("checkpoint.keep_best", "loss", "must be null unless train.eval_every divides checkpoint.every, got 'loss'"),
         ("adapter", "{r: 8}", r"must be null in this version, got \{'r': 8\}: "),
     ],
 )

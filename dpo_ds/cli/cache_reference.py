@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_ds.cli.train import start
 from dpo_ds.launcher.identity import Identity
+from dpo_ds.launcher.signals import StopRequest
 
 if TYPE_CHECKING:
     from dpo_ds.cli.preflight import Inputs
@@ -23,11 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     start([*(sys.argv[1:] if argv is None else argv), "--reference.mode", "cache"], _fill)
 
 
-def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting") -> None:
+def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
     # Only now, so that --help and a mistyped key are answered at once.
     from dpo_ds.cli.reference import cached_reference
     from dpo_ds.engine import World
+    from dpo_ds.engine.stopping import stoppable
 
     world = World.join(identity, meeting)
-    cached_reference(world.broadcast(found), world=world, checks=True)
+    inputs = world.broadcast(found)
+    with stoppable(request, world=world, folder=Path(inputs.config.output_dir)) as agreement:
+        cached_reference(inputs, world=world, agreement=agreement, checks=True)
     world.leave()

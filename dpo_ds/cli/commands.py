@@ -9,6 +9,7 @@ from dpo_ds.config import parse_run
 from dpo_ds.errors import UserError
 
 COMMANDS = {
+    "inspect": "say what a run's data holds: rows, lengths, doubles, tokens; --json prints one object",
     "plan": "check a run, print what it would do, and leave nothing behind",
     "prepare": "check a run and tokenize its data, so that no rank waits for it later",
 }
@@ -40,6 +41,11 @@ def _run(command: str, argv: Sequence[str]) -> None:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)[0]
         raise UserError(f"unknown command {command}; did you mean {nearest}? python -m dpo_ds --help lists them")
+    if command == "inspect":
+        from dpo_ds.cli.inspect import inspect
+
+        inspect([argument for argument in argv if argument != "--json"], as_json="--json" in argv)
+        return
     run = parse_run(argv)._replace(dry_run=command == "plan")
     os.environ.update(run.config.env)
     # Only now, so that --help and a mistyped key are answered at once.

@@ -1,8 +1,9 @@
 """Everything that can be checked before an engine exists: in seconds, in one process, with one clear line."""
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,26 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_ds.config import DataSource, Run, RunConfig, resolve_path, settle
+from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle
 from dpo_ds.data.prepare import PreparedPairs, Source, prepare
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import Tokenizer
+from dpo_ds.engine.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    check_origin,
+    check_world_size,
+    complete_checkpoints,
+    problem_of,
+    read_saved,
+    step_of,
+)
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
 from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
+from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,6 +49,9 @@ class Inputs:
         train: folder of the prepared training pairs.
         evaluation: folder of the prepared held-out pairs, or None.
         cache: folder of cached log-probs, None where none are kept.
+        origin: what must be the same where a checkpoint of this run goes on, by the run file's keys.
+        checkpoints: complete ones to go on from, in the order of preference; none where the run begins.
+        allow_changed: keys of ``origin`` that may differ from a checkpoint's.
         plan: what will happen, for a person to read.
     """
 
@@ -50,6 +64,9 @@ class Inputs:
     train: Path
     evaluation: Path | None
     cache: Path | None
+    origin: dict[str, Any]
+    checkpoints: tuple[Path, ...]
+    allow_changed: frozenset[str]
     plan: str
 
     @property
@@ -75,12 +92,11 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
         UserError: the run cannot work; nothing that this call wrote is left.
     """
     folder = Path(run.config.output_dir)
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"output_dir {folder} already holds a run (metrics.jsonl); name another folder or remove it")
+    checkpoints = _checkpoints(run, folder)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     inputs = None
     try:
-        inputs = _checked(run, folder, ranks)
+        inputs = _checked(run, folder, ranks, checkpoints)
         return inputs
     finally:
         if created and (inputs is None or run.dry_run):
@@ -90,10 +106,65 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
                     parent.rmdir()
 
 
-def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
+def _checkpoints(run: Run, folder: Path) -> tuple[Path, ...]:
+    """Returns the complete checkpoints that the run may go on from, in the order of preference."""
+    resume = run.config.checkpoint.resume
+    own, damaged = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
+    for problem in damaged if own else ():
+        print(f"warning: {problem}; an older checkpoint is taken", flush=True)
+    if resume == "never" or (folder / SUMMARY_FILE).exists():
+        _refuse_another_run(folder)
+        return ()
+    if resume != "auto":
+        named = Path(resolve_path(resume, key="checkpoint.resume", run_file=run.file))
+        is_own = named.resolve().parent == (folder / CHECKPOINTS_FOLDER).resolve()
+        if is_own or not own:
+            _check_named(named, newer=[path for path in own if is_own and step_of(path) > step_of(named)])
+            if not is_own:
+                _refuse_another_run(folder)
+            return (named,)
+    if own:
+        return tuple(own)
+    if damaged:
+        raise UserError(f"{damaged[0]}, and no other checkpoint is complete; put it back, or name another output_dir")
+    # A run that was stopped before its first checkpoint begins again, and writes the same lines.
+    if _last_step(folder / METRICS_FILE) > (run.config.checkpoint.every or 0):
+        _refuse_another_run(folder)
+    return ()
+
+
+def _refuse_another_run(folder: Path) -> None:
+    if (folder / METRICS_FILE).exists():
+        raise UserError(f"output_dir {folder} already holds a run ({METRICS_FILE}); name another folder or remove it")
+
+
+def _check_named(checkpoint: Path, *, newer: Sequence[Path]) -> None:
+    problem = problem_of(checkpoint)
+    if problem:
+        raise UserError(f"checkpoint.resume must be auto, never, or the folder of a complete checkpoint: {problem}")
+    if newer:
+        raise UserError(
+            f"checkpoint.resume is {checkpoint}, but {newer[0].name} beside it is newer, and the next start would go "
+            "on from there; remove the newer ones, or name another output_dir"
+        )
+
+
+def _last_step(metrics: Path) -> float:
+    """Returns the last step that a record tells of; infinity where that is not to be made out."""
+    if not metrics.exists():
+        return 0
+    try:
+        whole, _, _ = metrics.read_text().rpartition("\n")  # the end of a killed run's last line may be missing
+        return max((float(json.loads(line)["step"]) for line in whole.splitlines()), default=0)
+    except (ValueError, LookupError, TypeError):
+        return float("inf")
+
+
+def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) -> Inputs:
     _check_loss(run.config)
     cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
+    _check_offload(run.config, policy_config)
     build_extensions(policy_config)
     config = run.config
     policy = config.model.policy
@@ -115,6 +186,10 @@ def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
     train = prepared(config.data.train)
     evaluation = prepared(config.data.eval) if config.data.eval else None
     _check_sizes(config, train, evaluation)
+    origin = _origin(config, train, evaluation)
+    if checkpoints:
+        check_origin(checkpoints[0], read_saved(checkpoints[0]).origin, origin, allowed=run.allow_changed)
+        check_world_size(checkpoints[0], ranks=ranks)
     return Inputs(
         config=config,
         policy=policy,
@@ -125,7 +200,10 @@ def _checked(run: Run, folder: Path, ranks: int) -> Inputs:
         train=train.path,
         evaluation=evaluation.path if evaluation else None,
         cache=cache,
-        plan=_plan(config, policy, reference, train, evaluation, ranks, cache),
+        origin=origin,
+        checkpoints=checkpoints,
+        allow_changed=run.allow_changed,
+        plan=_plan(config, policy, reference, train, evaluation, ranks, cache, checkpoints),
     )
 
 
@@ -136,6 +214,33 @@ def _check_loss(config: RunConfig) -> None:
             f"loss.label_smoothing must be 0 for the {loss.type} loss, which has no smoothed form, got "
             f"{loss.label_smoothing}"
         )
+
+
+def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
+    zero = policy_config["zero_optimization"]
+    offloads = [zero.get(section) or {} for section in ("offload_optimizer", "offload_param")]
+    if config.checkpoint.every is not None and any(offload.get("device") == "nvme" for offload in offloads):
+        raise UserError(
+            f"checkpoint.every must be null where {config.deepspeed.policy} offloads to nvme, got "
+            f"{config.checkpoint.every}: DeepSpeed does not bring such a policy's weights back; offload to cpu"
+        )
+
+
+_CHANGEABLE = {
+    *("data.train", "data.eval", "data.max_dropped"),
+    *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch", "train.eval_every"),
+}
+
+
+def _origin(config: RunConfig, train: PreparedPairs, evaluation: PreparedPairs | None) -> dict[str, Any]:
+    """Returns all that decides what a step computes, but for rounding and the models' weights."""
+    sections = ("data.", "loss.", "train.", "model.dtype")
+    values = {key: value for key, value in flat(config).items() if key.startswith(sections) and key not in _CHANGEABLE}
+    # What the pairs are, wherever they lie.
+    values["data.train"] = [train.manifest.key, *(source.weight for source in config.data.train)]
+    values["data.eval"] = evaluation and evaluation.manifest.key
+    values["reference.mode"] = "none" if config.reference.mode == "none" else "engine or cache"
+    return values
 
 
 def _cache_folder(config: RunConfig, folder: Path) -> Path | None:
@@ -252,6 +357,7 @@ def _plan(
     evaluation: PreparedPairs | None,
     ranks: int,
     cache: Path | None,
+    checkpoints: Sequence[Path],
 ) -> str:
     settings = config.train
     schedule = Schedule.of_run(
@@ -275,7 +381,7 @@ def _plan(
         "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
         f"learning rate {settings.learning_rate:g} ({settings.schedule})",
         "output": config.output_dir,
-    }
+    } | ({"goes on": f"from {checkpoints[0]}"} if checkpoints else {})
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 

@@ -8,10 +8,11 @@ from dpo_ds.data.prepare import open_prepared
 from dpo_ds.engine import World, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest
+from dpo_ds.engine.stopping import Agreement
 from dpo_ds.gate import check_cached_scores, check_head, choose_layout_of
 
 
-def cached_reference(inputs: Inputs, *, world: World, checks: bool = False) -> CachedReference:
+def cached_reference(inputs: Inputs, *, world: World, agreement: Agreement, checks: bool = False) -> CachedReference:
     """Returns the reference's log-probs of all pairs, from disk or scored now; collective.
 
     The reference's engine is built where a pair is missing, and gone when this returns. What it finds on disk it scores
@@ -20,11 +21,13 @@ def cached_reference(inputs: Inputs, *, world: World, checks: bool = False) -> C
     Args:
         inputs: of a run whose ``reference.mode`` is ``cache``.
         world: the ranks.
+        agreement: whether the ranks were asked to stop.
         checks: whether to build the engine even if nothing is missing, to check what is there.
 
     Raises:
         UserError: the checkpoint cannot be used, or the folder not be written.
         RunError: the log-probs on disk are not those of the reference, or new ones are not finite.
+        Stopped: the ranks were asked to stop.
     """
     config, folder = inputs.config, inputs.cache
     assert inputs.reference is not None
@@ -51,13 +54,13 @@ def cached_reference(inputs: Inputs, *, world: World, checks: bool = False) -> C
         )
     )
     if not cached.is_complete or checks:
-        _complete(cached, inputs, world)
+        _complete(cached, inputs, world, agreement)
     elif world.rank == 0:
         print(f"the reference's log-probs are in {folder}; its engine is not built", flush=True)
     return cached
 
 
-def _complete(cached: CachedReference, inputs: Inputs, world: World) -> None:
+def _complete(cached: CachedReference, inputs: Inputs, world: World, agreement: Agreement) -> None:
     config = inputs.config
     assert inputs.reference is not None
     assert inputs.reference_config is not None
@@ -76,5 +79,5 @@ def _complete(cached: CachedReference, inputs: Inputs, world: World) -> None:
         cache.expect(Source(reference.fingerprint, packed))
     check_cached_scores(reference.score, cached, seed=config.train.seed, dtype=inputs.dtype, world=world)
     for cache in cached.caches:
-        cache.fill(reference)
+        cache.fill(reference, agreement)
     reference.free()

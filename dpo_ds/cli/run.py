@@ -6,41 +6,60 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import open_prepared
-from dpo_ds.engine import World, initialize
+from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import export
 from dpo_ds.engine.meeting import Meeting
+from dpo_ds.engine.reference_cache import CachedReference
+from dpo_ds.engine.stopping import Agreement, stoppable
+from dpo_ds.errors import Stopped
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
+from dpo_ds.launcher.signals import StopRequest
 from dpo_ds.models.causal_lm import load_model_config
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.report import plot_curves
 from dpo_ds.throughput import matmul_flops
-from dpo_ds.tracking import Tracker, open_tracker, versions, write_summary
+from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
 
 
-def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
-    """Builds the engines, trains, evaluates, exports and sums up; collective.
+def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: StopRequest) -> None:
+    """Builds the engines, goes on where a checkpoint was saved, trains, exports and sums up; collective.
 
     Args:
         found: what preflight found, on the rank that speaks for its node; None on the others.
         identity: who this process is.
         meeting: where the ranks have met.
+        request: whether this process was asked to stop.
 
     Raises:
-        UserError: a checkpoint cannot be used.
+        UserError: a checkpoint cannot be used or written, or another run is in the output folder.
         RunError: the run cannot be right.
+        Stopped: the run was asked to stop.
     """
     world = World.join(identity, meeting)
     inputs: Inputs = world.broadcast(found)
+    folder = Path(inputs.config.output_dir)
+    lock = _occupied(folder, world)
+    with stoppable(request, world=world, folder=folder) as agreement:
+        _train(inputs, agreement, world)
+    if world.rank == 0:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+    world.leave()
+
+
+def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # First, so that its weights are gone before the policy's come.
-    cached = cached_reference(inputs, world=world) if config.reference.mode == "cache" else None
+    cached = cached_reference(inputs, world=world, agreement=agreement) if config.reference.mode == "cache" else None
     engines = initialize(
         inputs.policy,
         world=world,
@@ -59,7 +78,22 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     check_heads(engines, pairs.pair(0), world=world)
     packed = choose_layout(engines, pairs.pair(0), layout=inputs.layout, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, inputs.dtype), device=world.device)))
-    tracker = _tracker(inputs, world)
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS_FOLDER,
+        policy=engines.policy,
+        world=world,
+        origin=inputs.origin | _weights(engines, cached),
+        versions=versions(),
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
+    )
+    checkpoints.check_place()  # a signal saves even where checkpoint.every is null
+    start = Progress()
+    if inputs.checkpoints:
+        # Only now: how rows are laid out was decided with the weights that the run began with.
+        start = checkpoints.restore(inputs.checkpoints, allowed=inputs.allow_changed)
+    tracker = _tracker(inputs, world, start)
     trainer = Trainer(
         engines,
         config,
@@ -67,13 +101,23 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
         evaluation=open_prepared(inputs.evaluation) if inputs.evaluation else None,
         world=world,
         tracker=tracker,
+        checkpoints=checkpoints,
         matmul_flops=speed,
         packed=packed,
         cached=cached,
+        agreement=agreement,
     )
-    if trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
-        print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
-    trained = trainer.run()
+    try:
+        if start.step:
+            if world.rank == 0:
+                print(f"going on behind step {start.step} of {trainer.schedule.steps}", flush=True)
+        elif trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
+            print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
+        trained = trainer.run(start)
+    except Stopped as stopped:
+        # Here, so that the other ranks wait for what wandb takes.
+        tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
+        raise
     export(
         engines.policy,
         load_tokenizer(inputs.tokenizer, trust_remote_code=config.model.trust_remote_code),
@@ -84,21 +128,48 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
     summary = _summary(trained, world)
     if world.rank == 0:
         write_summary(folder, summary)
-        plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+        plot_curves(folder / METRICS_FILE, folder / "curves.png")
         # Last, since wandb may take its time.
         tracker.finish(summary)
         print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
-    world.leave()
 
 
-def _tracker(inputs: Inputs, world: World) -> Tracker:
+def _occupied(folder: Path, world: World) -> FileLock:
+    """Keeps other runs out of a folder until this process ends."""
+    lock, problem = FileLock(folder / ".lock"), None
+    if world.rank == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = f"output_dir {folder} is in use by another run; wait for its end, or name another folder"
+        except NotImplementedError:  # this file system has no locks
+            pass
+    world.agree(problem)
+    return lock
+
+
+def _weights(engines: Engines, cached: CachedReference | None) -> dict[str, str | None]:
+    reference = cached or engines.reference
+    return {
+        "model.policy": engines.policy.fingerprint(),
+        "model.reference": reference.fingerprint if reference else None,
+    }
+
+
+def _tracker(inputs: Inputs, world: World, start: Progress) -> Tracker:
     if world.rank != 0:
         return Tracker()
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # What the workers get in their environment may be secret, and stays out of files.
     (folder / "config.yaml").write_text(dump_yaml(replace(config, env={})))
     shown = {section: values for section, values in asdict(config).items() if section != "env"}
-    return open_tracker(folder, wandb=config.tracking.wandb, project=config.tracking.project, config=shown)
+    return open_tracker(
+        folder,
+        wandb=config.tracking.wandb,
+        project=config.tracking.project,
+        config=shown,
+        behind=Mark(start.metrics_bytes, start.wandb_run_id),
+    )
 
 
 def _summary(trained: Trained, world: World) -> dict[str, object]:

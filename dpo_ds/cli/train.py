@@ -12,7 +12,7 @@ from dpo_ds.errors import PeerError, RunError, Stopped, UserError
 from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.marker import STOPPED_CODE, unmark
-from dpo_ds.launcher.signals import ignore_signals
+from dpo_ds.launcher.signals import StopRequest, ignore_signals, job_time_left
 
 if TYPE_CHECKING:
     from dpo_ds.cli.preflight import Inputs
@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(sys.argv[1:] if argv is None else argv, _train)
 
 
-def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting") -> None:
+def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
     # Only now, so that --help and a mistyped key are answered at once.
     from dpo_ds.cli.run import train
 
-    train(inputs, identity, meeting)
+    train(inputs, identity, meeting, request)
 
 
-def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting], None]") -> None:
+def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting, StopRequest], None]") -> None:
     """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says.
 
     Args:
@@ -61,6 +61,7 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
                 print(preflight(run, ranks=identity.size).plan)
             return
         folder = Path(run.config.output_dir)
+        request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
         from dpo_ds.engine.meeting import Meeting
 
         inputs = None
@@ -71,7 +72,7 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
             meeting.wait()
         if inputs is not None and identity.rank == 0:
             print(inputs.plan, flush=True)
-        work(inputs, identity, meeting)
+        work(inputs, identity, meeting, request)
     except PeerError:
         time.sleep(_HEAD_START_S)
         sys.exit(2)

@@ -17,6 +17,8 @@ from dpo_ds.config.schema import (
     TrackingConfig,
     TrainConfig,
     check,
+    flat,
+    shown,
 )
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "TrainConfig",
     "check",
     "dump_yaml",
+    "flat",
     "parse_run",
     "resolve_path",
     "settle",
+    "shown",
 ]

@@ -20,8 +20,10 @@ from dpo_ds.config.paths import resolve_path
 from dpo_ds.config.schema import DataSource, RunConfig, check, entries, flat, shown
 from dpo_ds.config.sources import read_sources
 from dpo_ds.errors import UserError
+from dpo_ds.launcher.signals import parse_duration
 
 _SOURCES = ("data.train", "data.eval")
+_ALLOW_CHANGED = "allow_changed"
 _FLAGS = {
     "dry_run": "check everything, print the plan and exit without training",
     "print_config": "print the resolved run file and exit",
@@ -36,12 +38,16 @@ class Run(NamedTuple):
         file: the run file, None without one.
         explicit: dotted keys that the file or the command line sets; the others are our defaults.
         dry_run: whether to check everything and stop before training.
+        allow_changed: dotted keys that may differ from those of the checkpoint that the run goes on from.
+        stop_after_s: seconds after which the run saves and stops, None for never.
     """
 
     config: RunConfig
     file: Path | None
     explicit: frozenset[str]
     dry_run: bool
+    allow_changed: frozenset[str] = frozenset()
+    stop_after_s: float | None = None
 
 
 def parse_run(argv: Sequence[str]) -> Run:
@@ -60,6 +66,7 @@ def parse_run(argv: Sequence[str]) -> Run:
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         sys.exit(0)
+    argv, allow_changed = _without_allowed(argv)
     overriding = _given_by(argv)
     # jsonargparse has an idea of its own of what this option means.
     prints = "--print_config" in argv
@@ -80,7 +87,8 @@ def parse_run(argv: Sequence[str]) -> Run:
     explicit = frozenset([*given, *overriding]) & _leaves().keys()
     config = _build(values, given=explicit)
     check(config)
-    return Run(config, file, explicit, parsed.dry_run)
+    stop_after_s = None if parsed.stop_after is None else parse_duration(parsed.stop_after, key="--stop_after")
+    return Run(config, file, explicit, parsed.dry_run, allow_changed, stop_after_s)
 
 
 def settle(run: Run, stated: Mapping[str, object], *, source: str | Path) -> Run:
@@ -133,17 +141,39 @@ def _parser() -> ArgumentParser:
         usage="%(prog)s --config RUN.yaml [--section.key value ...]", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", type=str, default=None, help="the run file; the options below override it")
+    parser.add_argument(
+        "--stop_after", type=str, default=None, help="save and stop after so long, e.g. 3h50m; the same command goes on"
+    )
     for flag, text in _FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
+    # For --help: it is read before the parser, which knows no option that may come several times.
+    parser.add_argument(f"--{_ALLOW_CHANGED}", metavar="KEY", help="go on from a checkpoint that had another KEY")
     for key, leaf in _leaves().items():
         hint = Any if key in _SOURCES else dict[str, str | int | float] if key == "env" else leaf.hint
         parser.add_argument(f"--{key}", type=hint, default=leaf.default, help=leaf.text)
     return parser
 
 
+def _without_allowed(argv: Sequence[str]) -> tuple[list[str], frozenset[str]]:
+    rest, allowed = list[str](), set[str]()
+    following = iter(argv)
+    for argument in following:
+        name, _, key = argument.partition("=")
+        if name != f"--{_ALLOW_CHANGED}":
+            rest.append(argument)
+            continue
+        key = key or next(following, "")
+        if key not in _leaves():
+            raise UserError(
+                f"--{_ALLOW_CHANGED} must name a key, got {key!r}; did you mean {_nearest(key, _leaves())}?"
+            )
+        allowed.add(key)
+    return rest, frozenset(allowed)
+
+
 def _given_by(argv: Sequence[str]) -> dict[str, str]:
     # jsonargparse's own answers to an unknown option name no neighbour.
-    known = {"config", *_FLAGS, *_leaves()}
+    known = {"config", "stop_after", _ALLOW_CHANGED, *_FLAGS, *_leaves()}
     given: dict[str, str] = {}
     for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         if argument.startswith("--"):

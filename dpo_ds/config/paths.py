@@ -1,5 +1,6 @@
 """Where the relative paths of a run file lead. Nothing is opened here."""
 
+import glob
 import re
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def resolve_path(value: str, *, key: str, run_file: Path | None, hub: bool = Fal
     """
     path = Path(value).expanduser()
     places = [place / path for place in _places(run_file)]
-    found = next((place for place in places if place.exists()), None)
+    may_be_pattern = key.startswith("data.")
+    found = next((p for p in places if p.exists() or (may_be_pattern and glob.glob(str(p), recursive=True))), None)
     if found is not None:
         return str(found)
     if hub and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and path.suffix not in _FILE_SUFFIXES:

@@ -39,20 +39,22 @@ class DataSource:
         path: file, folder or hub id.
         weight: how often its pairs are drawn, relative to their number.
         split: the split's name where there are several.
-        columns: our column names mapped to the data set's, where these differ.
+        columns: our column names mapped to the data set's, where these differ; prompt and label may be several.
     """
 
     path: str
     weight: float = 1.0
     split: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The preference pairs. In the run file ``train`` and ``eval`` may also be one path or hub id."""
 
-    train: tuple[DataSource, ...] = _required("file, folder or hub id, or a list of {path, weight, split, columns}")
+    train: tuple[DataSource, ...] = _required(
+        "file, glob, folder or hub id, or a list of {path, weight, split, columns}"
+    )
     eval: tuple[DataSource, ...] | None = _key(None, "held-out pairs, given as train is; null: no evaluation")
     max_length: int = _key(1024, "tokens of prompt + longer response")
     truncation: Literal["prompt_start", "response_end"] | None = _key(
@@ -126,11 +128,13 @@ class EnginesConfig:
 class CheckpointConfig:
     """What is saved for resuming."""
 
-    every: int | None = _key(None, "save after so many steps")
+    every: int | None = _key(
+        None, "save after so many steps, and after the last; null: only when the run is asked to stop"
+    )
     keep: int = _key(2, "how many of the newest are kept")
-    keep_every: int | None = _key(None, "checkpoints of these steps are never removed")
-    keep_best: str | None = _key(None, "name of the eval metric whose best checkpoint is kept")
-    resume: str = _key("auto", "auto | never | PATH")
+    keep_every: int | None = _key(None, "checkpoints of the steps that it divides are never removed")
+    keep_best: str | None = _key(None, "an evaluation's mean, such as rewards/accuracies, whose best checkpoint stays")
+    resume: str = _key("auto", "auto: from the newest checkpoint in output_dir, if any | never | a checkpoint's PATH")
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,6 @@ def shown(value: object) -> str:
 _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.dtype", ("float32", "bfloat16"), "float16's loss scaling skips steps that a schedule counts"),
     ("reference.mode", ("engine", "cache", "none"), "all weights train"),
-    ("checkpoint.every", (None,), "a run cannot be resumed"),
-    ("checkpoint.keep", (2,), "a run cannot be resumed"),
-    ("checkpoint.keep_every", (None,), "a run cannot be resumed"),
-    ("checkpoint.keep_best", (None,), "a run cannot be resumed"),
-    ("checkpoint.resume", ("auto",), "a run cannot be resumed"),
     ("adapter", (None,), "all weights train"),
 )
 """Keys that exist for later versions: key, the values that this version knows, what it does."""
@@ -211,7 +210,7 @@ def check(config: RunConfig) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{key} must be finite, got {shown(value)}")
-    data, loss, train = config.data, config.loss, config.train
+    data, loss, train, checkpoint = config.data, config.loss, config.train, config.checkpoint
     rules = (
         ("data.max_length", data.max_length >= 2, ">= 2"),
         ("data.max_dropped", 0 <= data.max_dropped <= 1, ">= 0 and <= 1"),
@@ -237,9 +236,27 @@ def check(config: RunConfig) -> None:
         ("train.seed", train.seed >= 0, ">= 0"),
         ("train.eval_every", train.eval_every is None or train.eval_every >= 1, ">= 1 or null"),
         ("train.eval_every", train.eval_every is None or data.eval is not None, "null while data.eval is null"),
+        ("checkpoint.every", checkpoint.every is None or checkpoint.every >= 1, ">= 1 or null"),
+        ("checkpoint.keep", checkpoint.keep >= 1, ">= 1"),
+        (
+            "checkpoint.keep_every",
+            checkpoint.keep_every is None
+            or (checkpoint.keep_every >= 1 and _divides(checkpoint.every, checkpoint.keep_every)),
+            "null or a multiple of checkpoint.every",
+        ),
+        (
+            "checkpoint.keep_best",
+            checkpoint.keep_best is None or _divides(train.eval_every, checkpoint.every),
+            "null unless train.eval_every divides checkpoint.every",
+        ),
+        ("checkpoint.resume", bool(checkpoint.resume.strip()), "auto, never, or the path of a checkpoint"),
         ("tracking.log_every", config.tracking.log_every >= 1, ">= 1"),
         ("output_dir", bool(config.output_dir.strip()), "the name of a folder"),
     )
     for key, holds, expectation in rules:
         if not holds:
             raise UserError(f"{key} must be {expectation}, got {shown(values[key])}")
+
+
+def _divides(steps: int | None, others: int | None) -> bool:
+    return steps is not None and others is not None and steps >= 1 and others % steps == 0

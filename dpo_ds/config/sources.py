@@ -50,4 +50,9 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
     if name == "split":
         return value is None or isinstance(value, str)
-    return isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    return isinstance(value, dict) and all(isinstance(ours, str) and _names(theirs) for ours, theirs in value.items())
+
+
+def _names(value: object) -> bool:
+    names = value if isinstance(value, list) and value else [value]
+    return all(isinstance(name, str) for name in names)

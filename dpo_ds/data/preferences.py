@@ -4,34 +4,52 @@ The last place that sees a column's name: whatever shape a row has, a prompt and
 length and no order may enter.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from itertools import combinations
+from typing import Literal, TypeGuard
 
 from dpo_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 DropReason = Literal[
     "empty prompt",
     "empty response",
+    "fewer than two answers",
     "identical responses",
-    "prompts differ",
+    "label not understood",
     "not text",
+    "prompts differ",
+    "tie",
     "refused by the chat template",
     "too long",
 ]
 """Why a row cannot be used. The last two are found when it is tokenized, the first where it has no token."""
 
-_COLUMNS = ("prompt", "chosen", "rejected")
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+Columns = Mapping[str, str | list[str]]
+"""Our names of a row's columns, and the row's own."""
+
+_COLUMNS = ("prompt", "chosen", "rejected", "output_1", "output_2", "label", "answers")
+_PAIR = ("chosen", "rejected")
+_LABELLED = ("prompt", "output_1", "output_2", "label")
+_RANKED = ("prompt", "answers")
+_OF_SEVERAL_COLUMNS = ("prompt", "label")
 _LAST_ASSISTANT_TURN = "\n\nAssistant:"
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""What ShareGPT calls a turn's speaker, and what chat templates call it."""
+_VOTES = {"1": 1, "a": 1, "model_a": 1, "output_1": 1, "2": 2, "b": 2, "model_b": 2, "output_2": 2, "0": 0, "tie": 0}
+_ANSWER_KEYS = ("answer", "response", "completion", "text")
+_GOODNESS = {"rank": -1, "score": 1, "overall_score": 1}
+"""Keys that order answers, with the sign that makes more of it better."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -70,60 +88,196 @@ class Source:
     """Where rows come from.
 
     Attributes:
-        path: a ``.json``, ``.jsonl``, ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of them, or a hub id.
+        path: a ``.json``, ``.jsonl``, ``.parquet``, ``.csv`` or ``.arrow`` file, the first two and CSV also with
+            ``.gz`` or ``.zst`` behind, a glob or a folder of them, or a hub id.
         split: the part of a folder or hub data set; a single file has only ``train``.
-        columns: what this source calls ``prompt``, ``chosen`` and ``rejected``, where it names them otherwise.
+        columns: what this source calls ``prompt``, ``chosen``, ``rejected``, ``output_1``, ``output_2``, ``label`` and
+            ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns.
         weight: the source's share among several; None or 1.
 
     Raises:
-        UserError: ``columns`` has another key.
+        UserError: ``columns`` has another key, or several columns for one of the others.
     """
 
     path: str
     split: str = "train"
-    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    columns: Columns = field(default_factory=dict, hash=False)
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        for name in self.columns:
+        for name, named in self.columns.items():
             if name not in _COLUMNS:
                 raise UserError(f"columns of {self.path} names {name!r}, expected one of {', '.join(_COLUMNS)}")
+            if not isinstance(named, str) and name not in _OF_SEVERAL_COLUMNS:
+                raise UserError(f"columns.{name} of {self.path} must be one column, got {named}")
 
 
-def read_preference(row: Mapping[str, object], *, columns: Mapping[str, str], where: str) -> Preference | DropReason:
-    """Returns the preference that a row holds, or why it cannot be used.
+def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str) -> list[Preference | DropReason]:
+    """Returns the preferences that a row holds, and why others cannot be used; at least one of either.
 
-    The prompt has its own column, or is what both conversations (or both ``Human:``/``Assistant:`` transcripts) say
-    before their last turn. A response that is a whole conversation is reduced to its last message.
+    A row is one of:
+
+    * ``prompt``, ``chosen`` and ``rejected``. Without ``prompt`` it is the turns in ``conversations`` (with those of
+      ``system`` before them), or what both conversations (or both ``Human:``/``Assistant:`` transcripts) say before
+      their last turn. A response that is a whole conversation is reduced to its last message.
+    * ``prompt``, ``output_1``, ``output_2`` and ``label``: 1 or ``a`` where the first is better, 2 or ``b`` where the
+      second is, 0 or ``tie``. Several labels are votes: more than half of those cast decide, else it is a tie.
+    * ``prompt`` and ``answers``: a list, best first unless each has a ``rank`` (1 is best) or a ``score``. Every answer
+      is paired with every worse one (Ouyang et al. 2022, section 3.5, arXiv:2203.02155); equal ones are ties.
 
     Args:
         row: cells by column.
-        columns: the row's own names of ``prompt``, ``chosen`` and ``rejected``, where they differ.
+        columns: the row's own names of our columns, where they differ. Texts of several prompt columns are joined by
+            an empty line, blank ones left out.
         where: file and row, for messages.
 
     Raises:
-        UserError: a column is missing.
+        UserError: a column is missing, or the row is unpaired data.
     """
-    cells = {name: row[column] for name in _COLUMNS if (column := columns.get(name, name)) in row}
-    for name in ("chosen", "rejected", *(["prompt"] if "prompt" in columns else [])):
+    cells = _cells(row, columns, where)
+    needed = _needed(cells, columns)
+    if needed == _PAIR and "chosen" not in cells and "rejected" not in cells and _is_unpaired(row):
+        raise UserError(
+            f"{where} is unpaired data ({', '.join(row)}): one answer and a true/false label, as for KTO; DPO needs "
+            "two answers to the same prompt in each row, chosen and rejected"
+        )
+    for name in needed:
         if name not in cells:
             raise _missing(name, row, columns, where)
-    texts = {name: _text(cell) for name, cell in cells.items()}
-    if None in texts.values():
-        return "not text"
-    match texts.get("prompt"), texts["chosen"], texts["rejected"]:
-        case None, str(chosen), str(rejected):
-            if _LAST_ASSISTANT_TURN not in chosen and _LAST_ASSISTANT_TURN not in rejected:
-                raise _missing("prompt", row, columns, where)
-            found = _split_transcripts(chosen, rejected)
-        case str(prompt), str(chosen), str(rejected):
-            found = Preference(prompt, chosen, rejected)
-        case None, (Message(),), (Message(),):
+    if needed == _RANKED:
+        return _ranked(_text(cells["prompt"]), cells["answers"])
+    if needed == _LABELLED:
+        winner = _winner(cells["label"])
+        if winner not in (1, 2):
+            return ["label not understood" if winner is None else "tie"]
+        outputs = [_text(cells[name]) for name in ("output_1", "output_2")]
+        return [_paired(_text(cells["prompt"]), outputs[winner - 1], outputs[2 - winner])]
+    chosen, rejected = _text(cells["chosen"]), _text(cells["rejected"])
+    if "prompt" in cells:
+        return [_paired(_text(cells["prompt"]), chosen, rejected)]
+    if chosen is None or rejected is None:
+        return ["not text"]
+    if _is_answer(chosen) and _is_answer(rejected):
+        if "conversations" not in row:
             raise _missing("prompt", row, columns, where)
-        case prompt, tuple(chosen), tuple(rejected):
-            found = _split_conversations(prompt, chosen, rejected)
-        case _:
-            return "not text"
+        return [_paired(_text(_with_system(row)), chosen, rejected)]
+    return [_checked(_split(chosen, rejected))]
+
+
+def _needed(cells: Mapping[str, object], columns: Columns) -> tuple[str, ...]:
+    """Returns the cells that a row of this shape must have: the shape that the run file names, else the row's own."""
+    for given in (columns, cells):
+        for shape in (_PAIR, _LABELLED, _RANKED):
+            # A prompt belongs to every shape, and a label may stand beside any.
+            if not given.keys().isdisjoint(set(shape) - {"prompt", "label"}):
+                return shape
+    return _PAIR
+
+
+def _cells(row: Mapping[str, object], columns: Columns, where: str) -> dict[str, object]:
+    """Returns a row's cells under our names."""
+    cells: dict[str, object] = {}
+    for name in _COLUMNS:
+        named = columns.get(name, name)
+        if not isinstance(named, str):
+            if absent := [column for column in named if column not in row]:
+                raise _missing(name, row, {name: absent[0]}, where)
+            values = [row[column] for column in named]
+            cells[name] = _joined_by_an_empty_line(values) if name == "prompt" else values
+        elif named in row:
+            cells[name] = row[named]
+        elif name in columns:
+            raise _missing(name, row, columns, where)
+    return cells
+
+
+def _joined_by_an_empty_line(cells: Sequence[object]) -> str | None:
+    given = [cell for cell in cells if cell is not None]
+    texts = [cell for cell in given if _is_text(cell)]
+    return "\n\n".join(text for text in texts if text.strip()) if len(texts) == len(given) else None
+
+
+def _is_unpaired(row: Mapping[str, object]) -> bool:
+    labels = [row[name] for name in ("label", "kto_tag") if name in row]
+    return any(isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels)
+
+
+def _is_answer(text: Text) -> bool:
+    """Whether it has no prompt within."""
+    return _LAST_ASSISTANT_TURN not in text if isinstance(text, str) else len(text) == 1
+
+
+def _with_system(row: Mapping[str, object]) -> object:
+    turns, system = row["conversations"], row.get("system")
+    if isinstance(turns, list) and isinstance(system, str) and system.strip():
+        return [{"role": "system", "content": system}, *turns]
+    return turns
+
+
+def _winner(label: object) -> int | None:
+    """Returns 1 or 2 for the better output, 0 for a tie, None where that cannot be said."""
+    votes = [vote for vote in (label if isinstance(label, list) else [label]) if vote is not None and vote != ""]
+    counted = [None if isinstance(vote, bool) else _VOTES.get(_as_text(vote)) for vote in votes]
+    if not counted or None in counted:
+        return None
+    return next((output for output in (1, 2) if 2 * counted.count(output) > len(counted)), 0)
+
+
+def _as_text(vote: object) -> str:
+    return f"{vote:g}" if isinstance(vote, float) else str(vote).strip().lower()
+
+
+def _ranked(prompt: Text | None, answers: object) -> list[Preference | DropReason]:
+    if not isinstance(answers, list) or len(answers) < 2:
+        return ["fewer than two answers" if isinstance(answers, list) else "not text"]
+    order = next(
+        (key for key in _GOODNESS if isinstance(answers[0], Mapping) and answers[0].get(key) is not None), None
+    )
+    goodness: list[float] = []
+    for place, answer in enumerate(answers):
+        value = -place if order is None else answer.get(order) if isinstance(answer, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ["label not understood"]
+        goodness.append(value if order is None else value * _GOODNESS[order])
+    best_first = sorted(range(len(answers)), key=lambda place: -goodness[place])
+    return [
+        "tie"
+        if goodness[better] == goodness[worse]
+        else _paired(prompt, _answer(answers[better]), _answer(answers[worse]))
+        for better, worse in combinations(best_first, 2)
+    ]
+
+
+def _answer(answer: object) -> Text | None:
+    if isinstance(answer, Mapping):
+        key = next((key for key in _ANSWER_KEYS if answer.get(key) is not None), None)
+        return _text(answer if key is None else answer[key])
+    return _text(answer)
+
+
+def _paired(prompt: Text | None, chosen: Text | None, rejected: Text | None) -> Preference | DropReason:
+    """Returns the preference of a prompt and two answers, either of which may be a whole conversation."""
+    match prompt, chosen, rejected:
+        case str(), str(), str():
+            return _checked(Preference(prompt, chosen, rejected))
+        case tuple(), str(), str():
+            return _paired(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),))
+        case ((str() | tuple()), tuple(), tuple()):
+            return _checked(_split_conversations(prompt, chosen, rejected))
+    return "not text"
+
+
+def _split(chosen: Text, rejected: Text) -> Preference | DropReason:
+    """Returns the preference of two transcripts or conversations, whose prompt is what they share."""
+    match chosen, rejected:
+        case str(), str():
+            return _split_transcripts(chosen, rejected)
+        case tuple(), tuple():
+            return _split_conversations(None, chosen, rejected)
+    return "not text"
+
+
+def _checked(found: Preference | DropReason) -> Preference | DropReason:
     if not isinstance(found, Preference):
         return found
     if _is_blank(found.chosen) or _is_blank(found.rejected):
@@ -131,91 +285,11 @@ def read_preference(row: Mapping[str, object], *, columns: Mapping[str, str], wh
     return "identical responses" if found.chosen == found.rejected else found
 
 
-def load_rows(source: Source) -> "Dataset":
-    """Opens a source's rows, memory-mapped, without printing anything.
-
-    Raises:
-        UserError: the source is missing, empty or broken, or has no such split.
-    """
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    path = Path(source.path)
-    builder = _BUILDERS.get(path.suffix)
-    if not path.exists() and (builder or not _HUB_ID.fullmatch(source.path)):
-        raise UserError(f"the data file {path} does not exist; name a file, a folder or a hub id in data")
-    if path.is_file() and builder is None:
-        raise UserError(
-            f"the data file {path} must be one of {', '.join(_BUILDERS)}; convert it, or rename it if it is"
-        )
-    try:
-        with _quiet():
-            if path.is_file():
-                # A CSV's cells are text: the answers "NA" and "None" are no missing values.
-                options = {"keep_default_na": False} if builder == "csv" else {}
-                rows = load_dataset(builder, data_files=source.path, split=source.split, **options)
-            elif (path / "dataset_dict.json").exists():
-                rows = load_from_disk(source.path)[source.split]
-            elif (path / "state.json").exists():
-                rows = load_from_disk(source.path)
-            else:
-                rows = load_dataset(source.path, split=source.split)
-        # Bytes that are not UTF-8 would otherwise be noticed in the middle of the rows.
-        rows.data.validate(full=True)
-    except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:
-        raise UserError(_why_unreadable(source, error)) from error
-    if len(rows) == 0:
-        raise UserError(f"the data set {source.path} has no rows")
-    return rows
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    # Its loggers tell of an error before raising it, which would make two lines of one.
-    logging.set_verbosity(logging.CRITICAL)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            enable_progress_bars()
-
-
-def _why_unreadable(source: Source, error: Exception) -> str:
-    path = Path(source.path)
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return f"the data set {source.path} has no rows"
-    if path.is_file() and _BUILDERS[path.suffix] == "json" and (fault := _json_fault(path)):
-        return f"the data file {source.path} is not valid JSON: {fault}; mend or remove it"
-    cause = error.__cause__ or error
-    why = " ".join(str(cause).split())[:300] or type(cause).__name__
-    return f"the data set {source.path} (split {source.split!r}) cannot be read: {why}"
-
-
-def _json_fault(path: Path) -> str | None:
-    """Returns where and why a .json or .jsonl file does not parse, None if it does."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return f"byte {error.start} is not UTF-8"
-    is_one_value = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if is_one_value else text.split("\n"), start=1):
-        try:
-            if part.strip():
-                json.loads(part)
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno if is_one_value else number}, column {error.colno}: {error.msg}"
-    return None
-
-
-def _missing(name: str, row: Mapping[str, object], columns: Mapping[str, str], where: str) -> UserError:
+def _missing(name: str, row: Mapping[str, object], columns: Columns, where: str) -> UserError:
     return UserError(
         f"{where} has no column {columns.get(name, name)!r}, only {', '.join(row)}; a row needs prompt, chosen and "
-        "rejected, or chosen and rejected as whole conversations; columns of other names are given in data.train as "
+        "rejected, or chosen and rejected as whole conversations, or prompt, output_1, output_2 and label, or prompt "
+        "and answers; columns of other names are given in data.train as "
         f"[{{path: FILE, columns: {{{name}: ITS_NAME}}}}]"
     )
 
@@ -223,7 +297,7 @@ def _missing(name: str, row: Mapping[str, object], columns: Mapping[str, str], w
 def _text(cell: object) -> Text | None:
     """Returns a cell as text or messages, None if it is neither."""
     if isinstance(cell, str):
-        return cell
+        return cell if _is_text(cell) else None
     turns = [cell] if isinstance(cell, Mapping) else cell
     if not isinstance(turns, list) or not turns:
         return None
@@ -233,12 +307,19 @@ def _text(cell: object) -> Text | None:
 
 def _message(turn: object) -> Message | None:
     # A turn that calls tools says more than its text, and would be falsified by keeping only that.
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or turn.get("tool_calls"):
+    if not isinstance(turn, Mapping) or turn.get("tool_calls"):
         return None
-    content = turn.get("content")
+    role, content = turn.get("role"), turn.get("content")
+    if role is None:  # ShareGPT
+        role, content = _ROLES.get(str(turn.get("from"))), turn.get("value")
     if isinstance(content, list):
         content = _joined(content)
-    return Message(turn["role"], content) if isinstance(content, str) else None
+    return Message(role, content) if isinstance(role, str) and _is_text(content) else None
+
+
+def _is_text(cell: object) -> TypeGuard[str]:
+    # Half of a surrogate pair is no character: it has no UTF-8 and no tokens.
+    return isinstance(cell, str) and not _SURROGATE.search(cell)
 
 
 def _joined(parts: list[object]) -> str | None:

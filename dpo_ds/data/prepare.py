@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +22,12 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm import tqdm
 
-from dpo_ds.data.preferences import DropReason, load_rows, read_preference
+from dpo_ds.data.preferences import DropReason, Preference, read_preferences
 from dpo_ds.data.preferences import Source as Source
+from dpo_ds.data.rows import Rows, load_rows
 from dpo_ds.data.schedule import Lengths
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
 from dpo_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _FORMAT = 1
 _ROWS_PER_CHUNK = 1000
@@ -49,19 +47,20 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of prepared pairs says of itself; ``rows_read == pairs + sum(dropped.values())``.
+    """What a folder of prepared pairs says of itself; ``rows_read + expanded == pairs + sum(dropped.values())``.
 
     Attributes:
         format: version of the files' layout.
         key: hash of all that the pairs depend on.
-        sources: paths, in the order that the column ``source`` counts from 0.
+        sources: files, folders and hub ids, in the order that the column ``source`` counts from 0.
         tokenizer: its identity.
         max_length: bound on the tokens of prompt + longer response.
         truncation: what was done with longer ones.
         rows_read: rows of all sources.
-        pairs: rows that became pairs.
-        dropped: the other rows, by reason.
+        pairs: what could be used.
+        dropped: what could not, by reason.
         first_dropped: for each reason the file and row (counted from 1) where it was met first.
+        expanded: how many more pairs than one a row the rows with ranked answers name.
     """
 
     format: int
@@ -74,6 +73,7 @@ class Manifest:
     pairs: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: dict[str, str] = field(default_factory=dict)
+    expanded: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +121,49 @@ class PreparedPairs:
         )
 
 
+class Outcome(NamedTuple):
+    """What became of a row, or of one of the pairs that a row names.
+
+    Attributes:
+        source: place of its file, folder or hub id among all.
+        row: number in there, from 1.
+        preference: the texts, None where the row has none.
+        pair: the tokens, or why there are none.
+    """
+
+    source: int
+    row: int
+    preference: Preference | None
+    pair: TokenizedPair | DropReason
+
+
+def tokenize(
+    files: Sequence[Rows], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation | None
+) -> Iterator[Outcome]:
+    """Yields what becomes of each row, in order, behind a progress bar if there are many.
+
+    Args:
+        files: as ``load_rows`` gives them.
+        tokenizer: the policy's.
+        max_length: bound on the tokens of prompt + longer response.
+        truncation: as in ``tokenize_pair``.
+
+    Raises:
+        UserError: a file is broken in the middle, lacks a column, or needs a chat template that there is not.
+    """
+    rows_read = sum(map(len, files))
+    with tqdm(total=rows_read, desc="tokenizing", unit="row", disable=rows_read <= _ROWS_WITHOUT_PROGRESS_BAR) as bar:
+        for source, rows in enumerate(files):
+            for number, row in rows:
+                for read in read_preferences(row, columns=rows.columns, where=f"{rows.path} row {number}"):
+                    if isinstance(read, str):
+                        yield Outcome(source, number, None, read)
+                        continue
+                    pair = tokenize_pair(read, tokenizer, max_length=max_length, truncation=truncation)
+                    yield Outcome(source, number, read, pair)
+                bar.update()
+
+
 def prepare(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
@@ -151,8 +194,8 @@ def prepare(
             raise UserError(
                 f"weight of {source.path} must be 1: weighted mixtures are not available, got {source.weight}"
             )
-    rows = [load_rows(source) for source in sources]
-    key = _content_key(sources, rows, tokenizer, max_length, truncation)
+    files = [rows for source in sources for rows in load_rows(source)]
+    key = _content_key(files, tokenizer, max_length, truncation)
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".{key}.lock"
@@ -162,16 +205,16 @@ def prepare(
                 blank = Manifest(
                     format=_FORMAT,
                     key=key,
-                    sources=[source.path for source in sources],
+                    sources=[rows.path for rows in files],
                     tokenizer=tokenizer.identity,
                     max_length=max_length,
                     truncation=truncation,
-                    rows_read=sum(map(len, rows)),
+                    rows_read=sum(map(len, files)),
                 )
-                _write(sources, rows, tokenizer, blank=blank, max_dropped=max_dropped, folder=folder)
+                _write(files, tokenizer, blank=blank, max_dropped=max_dropped, folder=folder)
             prepared = open_prepared(folder / key)
             # Another run, with another bound, may have written it.
-            _check_dropped(prepared.manifest, max_dropped)
+            check_dropped(prepared.manifest, max_dropped)
             lock.unlink(missing_ok=True)
             return prepared
     except BaseException:
@@ -204,35 +247,37 @@ def open_prepared(path: Path) -> PreparedPairs:
     return PreparedPairs(path, manifest, table)
 
 
-def _write(
-    sources: Sequence[Source],
-    rows: Sequence["Dataset"],
-    tokenizer: Tokenizer,
-    *,
-    blank: Manifest,
-    max_dropped: float,
-    folder: Path,
-) -> None:
+def _write(files: Sequence[Rows], tokenizer: Tokenizer, *, blank: Manifest, max_dropped: float, folder: Path) -> None:
     for left_by_a_killed_process in folder.glob(f".{blank.key}-*"):
         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
     aside, target = folder / f".{blank.key}-{uuid.uuid4().hex}", folder / blank.key
-    aside.mkdir(parents=True)
     try:
-        outcomes = _outcomes(sources, rows, tokenizer, blank)
+        aside.mkdir(parents=True)
+        outcomes = tokenize(files, tokenizer, max_length=blank.max_length, truncation=blank.truncation)
         dropped: Counter[str] = Counter()
         first_dropped: dict[str, str] = {}
         pairs = 0
         with pa.OSFile(str(aside / "pairs.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             while chunk := list(islice(outcomes, _ROWS_PER_CHUNK)):
-                kept = [record for record, _ in chunk if not isinstance(record, str)]
+                kept = [
+                    {"row": outcome.row, "source": outcome.source, **vars(outcome.pair)}
+                    for outcome in chunk
+                    if not isinstance(outcome.pair, str)
+                ]
                 writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=_SCHEMA))
                 pairs += len(kept)
-                for reason, where in chunk:
-                    if isinstance(reason, str):
-                        dropped[reason] += 1
-                        first_dropped.setdefault(reason, where)
-        manifest = replace(blank, pairs=pairs, dropped=dict(dropped), first_dropped=first_dropped)
-        _check_dropped(manifest, max_dropped)
+                for source, row, _, pair in chunk:
+                    if isinstance(pair, str):
+                        dropped[pair] += 1
+                        first_dropped.setdefault(pair, f"{files[source].path} row {row}")
+        manifest = replace(
+            blank,
+            pairs=pairs,
+            dropped=dict(dropped),
+            first_dropped=first_dropped,
+            expanded=pairs + dropped.total() - blank.rows_read,
+        )
+        check_dropped(manifest, max_dropped)
         (aside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         try:
             aside.rename(target)
@@ -240,66 +285,69 @@ def _write(
             # Where the file system has no locks, another process may have been quicker.
             if not target.exists():
                 raise
+    except OSError as error:
+        raise UserError(
+            f"the prepared pairs cannot be written to {folder}: {error.strerror or error}; free some space there, or "
+            "name another output_dir"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _outcomes(
-    sources: Sequence[Source], rows: Sequence["Dataset"], tokenizer: Tokenizer, blank: Manifest
-) -> Iterator[tuple[dict[str, object] | DropReason, str]]:
-    """Yields each row's record, or why it has none, and the row's name."""
-    bar = tqdm(
-        total=blank.rows_read, desc="tokenizing", unit="row", disable=blank.rows_read <= _ROWS_WITHOUT_PROGRESS_BAR
-    )
-    with bar:
-        for source_number, source in enumerate(sources):
-            for row_number, row in enumerate(rows[source_number], start=1):
-                where = f"{source.path} row {row_number}"
-                preference = read_preference(row, columns=source.columns, where=where)
-                pair = (
-                    preference
-                    if isinstance(preference, str)
-                    else tokenize_pair(preference, tokenizer, max_length=blank.max_length, truncation=blank.truncation)
-                )
-                place = {"row": row_number, "source": source_number}
-                yield pair if isinstance(pair, str) else {**place, **vars(pair)}, where
-                bar.update()
-
-
-def _content_key(
-    sources: Sequence[Source],
-    rows: Sequence["Dataset"],
-    tokenizer: Tokenizer,
-    max_length: int,
-    truncation: Truncation | None,
-) -> str:
-    settings = [[sorted(source.columns.items()) for source in sources], tokenizer.identity, max_length, truncation]
+def _content_key(files: Sequence[Rows], tokenizer: Tokenizer, max_length: int, truncation: Truncation | None) -> str:
+    settings = [[sorted(rows.columns.items()) for rows in files], tokenizer.identity, max_length, truncation]
     digest = hashlib.blake2b(json.dumps([_FORMAT, settings]).encode(), digest_size=16)
-    for source_rows in rows:
-        # The rows, not the file: equal content has one key wherever it lies, on the hub too.
-        digest.update(f"{len(source_rows)} {source_rows.features}".encode())
-        for table in source_rows.with_format("arrow").iter(batch_size=_ROWS_PER_CHUNK):
-            for batch in table.combine_chunks().to_batches():
-                digest.update(batch.serialize())
+    for rows in files:
+        rows.update(digest)
     return digest.hexdigest()
 
 
-def _check_dropped(manifest: Manifest, max_dropped: float) -> None:
-    dropped = sum(manifest.dropped.values())
-    if manifest.pairs and dropped <= max_dropped * manifest.rows_read:
+class Counts(Protocol):
+    """What became of some rows, counted; attributes as ``Manifest`` says."""
+
+    @property
+    def sources(self) -> Sequence[str]: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def rows_read(self) -> int: ...
+    @property
+    def expanded(self) -> int: ...
+    @property
+    def pairs(self) -> int: ...
+    @property
+    def dropped(self) -> Mapping[str, int]: ...
+    @property
+    def first_dropped(self) -> Mapping[str, str]: ...
+
+
+def check_dropped(counts: Counts, max_dropped: float) -> None:
+    """Checks how much could not be used.
+
+    Raises:
+        UserError: a larger share than ``max_dropped``, or everything.
+    """
+    dropped = sum(counts.dropped.values())
+    candidates = counts.rows_read + counts.expanded
+    if counts.pairs and dropped <= max_dropped * candidates:
         return
     reasons = ", ".join(
-        f"{reason} {count} (first: {manifest.first_dropped[reason]})"
-        for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
+        f"{reason} {count} (first: {counts.first_dropped[reason]})"
+        for reason, count in sorted(counts.dropped.items(), key=lambda item: -item[1])
     )
     remedies = ["mend them"]
-    if "not text" in manifest.dropped:
+    if "not text" in counts.dropped:
         remedies[0] += " (text is a string, or a list of {role, content} whose last turn is the assistant's)"
-    if "too long" in manifest.dropped:
-        remedies += [f"raise data.max_length ({manifest.max_length})", "set data.truncation"]
-    if manifest.pairs:
+    if "too long" in counts.dropped:
+        remedies += [f"raise data.max_length ({counts.max_length})", "set data.truncation"]
+    if counts.pairs:
         remedies.append("or raise data.max_dropped")
     raise UserError(
-        f"{dropped} of {manifest.rows_read} rows of {', '.join(manifest.sources)} cannot be used: {reasons}; "
+        f"{dropped} of {candidates} {'pairs' if counts.expanded else 'rows'} of {_some(counts.sources)} cannot be "
+        f"used: {reasons}; "
         f"data.max_dropped allows a share of {max_dropped:g}: {', '.join(remedies)}"
     )
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

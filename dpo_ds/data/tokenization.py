@@ -135,6 +135,29 @@ def tokenize_pair(
     return _cut_responses(pair, max_length) if truncation == "response_end" else "too long"
 
 
+def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
+    """Returns whether a response's first token would differ if prompt and response were encoded in one go.
+
+    Such a pair is encoded as inference does, like every other; it matters to programs that do otherwise.
+
+    Args:
+        preference: one that ``tokenize_pair`` takes.
+        tokenizer: the policy's.
+
+    Raises:
+        UserError: as ``tokenize_pair`` does.
+    """
+    match preference:
+        case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
+            texts = _render(messages, (chosen, rejected), tokenizer) or []
+        case Preference(str(prompt), str(chosen), str(rejected)):
+            texts = [prompt, chosen, rejected]
+        case _:
+            raise TypeError("prompt, chosen and rejected must be of one kind")
+    before = tokenizer.encode(texts[0]) if texts else []
+    return any(tokenizer.encode(texts[0] + after) != [*before, *tokenizer.encode(after)] for after in texts[1:])
+
+
 def _render(
     prompt: Sequence[Message], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer
 ) -> list[str] | None:

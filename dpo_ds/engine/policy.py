@@ -1,16 +1,23 @@
 """The policy: the engine that trains."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
 from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_modules
 from dpo_ds.engine.world import World
+from dpo_ds.errors import first_line
 from dpo_ds.models.scorer import Scorer
 
 
@@ -100,9 +107,93 @@ class PolicyEngine:
         attention = 2 * config.num_hidden_layers * config.hidden_size
         return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel, attention
 
+    @property
+    def parameters(self) -> int:
+        """How many there are, over all ranks."""
+        parameters: list[ZeroParameter] = list(self.model.parameters())
+        return sum(parameter.ds_numel for parameter in parameters)
+
     def fingerprint(self) -> str:
         """Returns the digest of the weights as they are now."""
         return fingerprint(self.model, self._world)
+
+    def save(self, folder: Path) -> str | None:
+        """Writes this rank's part of the weights, of their masters and of Adam's states into a folder.
+
+        Returns:
+            Why this rank's files could not be written, or None. It does not raise: the other ranks would wait for it.
+        """
+        # The last forward has asked for weights of a backward that never came.
+        self.engine.empty_partition_cache()
+        writer = _Writer(self.engine.checkpoint_engine)
+        self.engine.checkpoint_engine = writer
+        # Programs to read the shards with have no place among data, and rank 0 alone would fail to write them.
+        self.engine._copy_recovery_script = lambda path: None
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self.engine.checkpoint_engine = writer.engine
+        return writer.problem
+
+    def load(self, folder: Path) -> str | None:
+        """Reads what ``save`` wrote on as many ranks; code that the files may hold is not executed.
+
+        Returns:
+            Why this rank's files cannot be loaded, or None.
+        """
+        self.engine.empty_partition_cache()
+        try:
+            with _reading_without_executing():
+                path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except (LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+            return first_line(error)
+        if isinstance(self.engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
+            _count_steps_again(self.engine.basic_optimizer)
+        return None if path else f"DeepSpeed finds nothing in {folder}"
+
+
+def _count_steps_again(optimizer: torch.optim.Optimizer) -> None:
+    # DeepSpeed's optimizer in host memory keeps the powers of its betas as running products, which no checkpoint holds;
+    # computed at once they round otherwise.
+    steps = int(next(iter(optimizer.state.values()))["step"])
+    counter = torch.nn.Parameter(torch.zeros(1))
+    counter.grad = torch.zeros(1)
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**groups[0], "params": [counter]}]
+    for _ in range(steps):
+        optimizer.step()
+    optimizer.param_groups = groups
+    del optimizer.state[counter]
+
+
+class _Writer:
+    """DeepSpeed's own writer, whose failures are noted: a rank that raised would leave the others in a collective."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.problem: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            self.engine.save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.problem = first_line(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+@contextmanager
+def _reading_without_executing() -> Iterator[None]:
+    # DeepSpeed asks for full unpickling; torch lets the environment overrule it. Two plain classes are in its files.
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _adamw(

@@ -23,8 +23,9 @@ from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, plan_evaluation
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.reference_key import Scoring
+from dpo_ds.engine.stopping import Agreement
 from dpo_ds.engine.world import World
-from dpo_ds.errors import RunError
+from dpo_ds.errors import RunError, Stopped
 
 
 class Source(NamedTuple):
@@ -75,15 +76,17 @@ class LogpCache:
             self._logps.fill_(torch.nan)
             self.source = source
 
-    def fill(self, reference: ReferenceEngine) -> None:
+    def fill(self, reference: ReferenceEngine, agreement: Agreement) -> None:
         """Scores the missing blocks; each is on disk before the next begins.
 
         Args:
             reference: the live engine, which ``expect`` was told of.
+            agreement: whether the ranks were asked to stop.
 
         Raises:
             UserError: the folder cannot be written.
             RunError: a log-prob is not finite, or the reference has moved.
+            Stopped: the ranks were asked to stop; the block that was begun is scored again.
         """
         missing = [block for block in self._blocks() if self._logps[:, block.start : block.stop].isnan().any()]
         pairs = len(self.pairs)
@@ -92,6 +95,8 @@ class LogpCache:
         with tqdm(total=pairs, initial=present, desc="reference", unit="pair", disable=rank != 0) as bar:
             for block in missing:
                 for scored in self._score(block, reference):
+                    if reason := agreement.ask():
+                        raise Stopped(reason.name, step=0, checkpoint=None)
                     bar.update(scored)
                 self._world.agree(self._write(block) if rank == 0 else None)
         reference.check()

@@ -92,7 +92,7 @@ class HuggingFaceTokenizer:
             return str(
                 self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # Exactly this class is what a template's own raise_exception gives; a subclass is a fault in the template.
             if type(error) is TemplateError:
                 return None

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Metrics = Mapping[str, float | int | str | None]
 
@@ -15,11 +16,26 @@ SUMMARY_FILE = "summary.json"
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "wandb", "dpo_ds")
 
 
+class Mark(NamedTuple):
+    """Where a record stands, for a run that goes on from here.
+
+    Attributes:
+        metrics_bytes: length of ``metrics.jsonl``, 0 without one.
+        wandb_run_id: wandb's name for the run, None without one.
+    """
+
+    metrics_bytes: int = 0
+    wandb_run_id: str | None = None
+
+
 class Sink(Protocol):
     """A place that metrics go to."""
 
     def log(self, metrics: Metrics) -> None:
         """Takes one line of metrics."""
+
+    def mark(self) -> Mark:
+        """Returns where the record stands, as far as it is kept here."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Takes the run's summary; nothing comes after it."""
@@ -41,6 +57,12 @@ class Tracker:
         for sink in self._sinks:
             sink.log(metrics)
 
+    def mark(self) -> Mark:
+        """Returns where the record stands, all of it safely on disk."""
+        marks = [sink.mark() for sink in self._sinks]
+        run_ids = [mark.wandb_run_id for mark in marks if mark.wandb_run_id]
+        return Mark(max((mark.metrics_bytes for mark in marks), default=0), run_ids[0] if run_ids else None)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Ends the record with the run's summary."""
         for sink in self._sinks:
@@ -50,18 +72,25 @@ class Tracker:
 class JsonLines:
     """One JSON object a line, on disk as soon as it is logged."""
 
-    def __init__(self, path: Path) -> None:
-        """Starts an empty file.
+    def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
+        """Starts an empty file, or goes on behind what is kept of an earlier one.
 
         Args:
             path: the file.
+            keep_bytes: how much of the earlier file is kept; the rest is cut off.
         """
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(min(keep_bytes, path.stat().st_size))
 
     def log(self, metrics: Metrics) -> None:
         """Appends a line; numbers that JSON lacks (NaN, infinities) become null."""
         self._file.write(json.dumps(plain(metrics), allow_nan=False) + "\n")
         self._file.flush()
+
+    def mark(self) -> Mark:
+        """Returns the file's length, all of it safely on disk."""
+        os.fsync(self._file.fileno())
+        return Mark(metrics_bytes=os.fstat(self._file.fileno()).st_size)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Closes the file; the summary has its own."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_ds.tracking.record import METRICS_FILE, Metrics, plain, versions
+from dpo_ds.tracking.record import METRICS_FILE, Mark, Metrics, plain, versions
 
 RUN_ID_FILE = "wandb_run_id"
 MIRROR_VARIABLE = "DPO_DS_WANDB_MIRROR"
@@ -48,7 +48,14 @@ class WandbMirror:
     """
 
     def __init__(
-        self, folder: Path, *, mode: Mode, project: str, config: Mapping[str, Any], patience_s: float = 60
+        self,
+        folder: Path,
+        *,
+        mode: Mode,
+        project: str,
+        config: Mapping[str, Any],
+        run_id: str | None = None,
+        patience_s: float = 60,
     ) -> None:
         """Starts the process.
 
@@ -57,6 +64,7 @@ class WandbMirror:
             mode: online or offline.
             project: wandb's project.
             config: what wandb shows as the run's config, beside the versions.
+            run_id: of the run that goes on; None for a new one.
             patience_s: how long wandb may take to connect, and to end after the run.
         """
         self._folder, self._patience_s = folder.resolve(), patience_s
@@ -64,12 +72,13 @@ class WandbMirror:
             folder=str(self._folder),
             mode=mode,
             project=project,
-            run_id=secrets.token_hex(4),
+            run_id=run_id or secrets.token_hex(4),
             config={**config, "versions": versions()},
             run_pid=os.getpid(),
             patience_s=patience_s,
         )
-        # Kept for a run that continues this one.
+        self._run_id = settings.run_id
+        # For people, who may want to look it up.
         (folder / RUN_ID_FILE).write_text(settings.run_id + "\n")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dpo_ds.tracking.wandb_process"],
@@ -89,6 +98,10 @@ class WandbMirror:
 
     def log(self, metrics: Metrics) -> None:
         """Does nothing: the process reads the file."""
+
+    def mark(self) -> Mark:
+        """Returns wandb's name for the run."""
+        return Mark(wandb_run_id=self._run_id)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Hands over the summary and waits for the process; ends it when patience does."""

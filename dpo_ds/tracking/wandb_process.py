@@ -32,7 +32,7 @@ def mirror(settings: MirrorSettings) -> None:
         os.environ[MIRROR_VARIABLE] = json.dumps(asdict(replace(settings, mode="offline")))
         os.execv(sys.executable, [sys.executable, "-m", "dpo_ds.tracking.wandb_process"])
     end = _End(settings.patience_s)
-    lines = _Lines(Path(settings.folder, METRICS_FILE))
+    lines = _Lines(Path(settings.folder, METRICS_FILE), Path(run.settings.wandb_dir, f"mirrored-{settings.run_id}"))
     while not end.has_come.wait(_POLL_S):
         lines.copy_to(run)
     lines.copy_to(run)
@@ -80,18 +80,29 @@ class _End:
 
 
 class _Lines:
-    def __init__(self, path: Path) -> None:
+    """The record's lines that wandb has not seen; one that a resumed run writes again it has."""
+
+    def __init__(self, path: Path, count: Path) -> None:
         self._file = path.open(encoding="utf-8")
         self._rest = ""
+        self._read = 0
+        self._count = count
+        self._mirrored = int(count.read_text()) if count.exists() else 0
 
     def copy_to(self, run: Any) -> None:
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         for line in lines:
+            self._read += 1
+            if self._read <= self._mirrored:
+                continue
             metrics = json.loads(line)
             prefix = "eval/" if metrics.pop("split") == "eval" else ""
             numbers = {name: value for name, value in metrics.items() if value is not None}
             # No step=: wandb drops lines whose step is behind the last one, as after a resume.
             run.log({name if name == "step" else prefix + name: value for name, value in numbers.items()})
+        if self._read > self._mirrored:
+            self._mirrored = self._read
+            self._count.write_text(f"{self._mirrored}\n")
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,9 @@
-import json
-import os
-import subprocess
-import sys
+from collections import Counter
 
-import datasets
-import pandas as pd
 import pytest
 
-from dpo_ds.data.preferences import Message, Preference, Source, load_rows, read_preference
+from dpo_ds.data.preferences import Message, Preference, Source, read_preferences
+from dpo_ds.data.rows import load_rows
 from dpo_ds.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -19,13 +15,13 @@ PAIR_OF_MESSAGES = Preference(
 )
 
 
+def read_all(row, **columns):
+    return read_preferences(row, columns=columns, where="pairs.jsonl row 7")
+
+
 def read(row, **columns):
-    return read_preference(row, columns=columns, where="pairs.jsonl row 7")
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    (only,) = read_all(row, **columns)
+    return only
 
 
 def test_strings_are_taken_as_they_are_nothing_stripped():
@@ -86,11 +82,15 @@ def test_typed_text_content_is_joined():
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "not text"),
         ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "not text"),
         ({"prompt": "Q", "chosen": [GOOD], "rejected": [BAD]}, "not text"),
-        ({"prompt": [QUESTION], "chosen": "a", "rejected": "b"}, "not text"),
         ({"prompt": [QUESTION], "chosen": [QUESTION], "rejected": [BAD]}, "not text"),
         ({"prompt": [QUESTION, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "not text"),
         ({"prompt": [{"role": "user", "content": 5}], "chosen": [GOOD], "rejected": [BAD]}, "not text"),
-        ({"prompt": [{"from": "human", "value": "Q"}], "chosen": [GOOD], "rejected": [BAD]}, "not text"),
+        ({"prompt": [{"from": "narrator", "value": "Q"}], "chosen": [GOOD], "rejected": [BAD]}, "not text"),
+        ({"prompt": [{"from": "function_call", "value": "{}"}], "chosen": "a", "rejected": "b"}, "not text"),
+        ({"prompt": "Q", "chosen": "a\ud800", "rejected": "b"}, "not text"),
+        ({"prompt": [{"role": "user", "content": "\udfff"}], "chosen": "a", "rejected": "b"}, "not text"),
+        ({"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": [BAD]}, "not text"),
+        ({"conversations": "Q", "chosen": [GOOD], "rejected": [BAD]}, "not text"),
         ({"prompt": [QUESTION], "chosen": [{**GOOD, "tool_calls": [{}]}], "rejected": [BAD]}, "not text"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": GOOD, "rejected": BAD}, "not text"),
     ],
@@ -118,127 +118,231 @@ def test_a_missing_column_is_an_error_that_names_row_columns_and_remedy(row, col
 def test_a_mapping_of_an_unknown_name_is_refused():
     with pytest.raises(UserError, match=r"columns of x\.jsonl names 'promt', expected one of prompt, chosen, rejected"):
         Source("x.jsonl", columns={"promt": "question"})
+    with pytest.raises(UserError, match=r"columns.chosen of x.jsonl must be one column, got \['a', 'b'\]"):
+        Source("x.jsonl", columns={"chosen": ["a", "b"]})
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, capfd):
-    rows = [{"prompt": "Q", "chosen": "NA", "rejected": "b"}, {"prompt": "R", "chosen": "c", "rejected": ""}]
-    data = datasets.Dataset.from_list(rows)
-    write(tmp_path / "rows.jsonl", *rows)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    frame = pd.DataFrame(rows)
-    frame.to_csv(tmp_path / "rows.csv", index=False)
-    frame.to_parquet(tmp_path / "rows.parquet")
-    with datasets.arrow_writer.ArrowWriter(path=str(tmp_path / "rows.arrow"), features=data.features) as writer:
-        writer.write_table(data.with_format("arrow")[:])
-        writer.finalize()
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(folder / "train.jsonl", *rows)
-    write(folder / "test.jsonl", rows[0])
-    capfd.readouterr()
-    names = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "folder"]
-    for name in names:
-        assert list(load_rows(Source(str(tmp_path / name)))) == rows, name
-    assert list(load_rows(Source(str(folder), split="test"))) == rows[:1]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_folder_written_by_save_to_disk_is_read(tmp_path):
-    rows = [{"prompt": "Q", "chosen": "a", "rejected": "b"}]
-    data = datasets.Dataset.from_list(rows)
-    datasets.disable_progress_bars()
-    try:
-        data.save_to_disk(tmp_path / "one")
-        datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "several")
-    finally:
-        datasets.enable_progress_bars()
-    assert list(load_rows(Source(str(tmp_path / "one")))) == rows
-    assert list(load_rows(Source(str(tmp_path / "several"), split="test"))) == rows
-    with pytest.raises(UserError, match=r"several \(split 'train'\) cannot be read"):
-        load_rows(Source(str(tmp_path / "several")))
-
-
-def test_reading_leaves_the_progress_bars_of_others_as_they_were(tmp_path):
-    path = write(tmp_path / "rows.jsonl", {"prompt": "Q"})
-    assert not datasets.are_progress_bars_disabled()
-    load_rows(Source(path))
-    assert not datasets.are_progress_bars_disabled()
+HUMAN = {"from": "human", "value": "Why?"}
+GPT = {"from": "gpt", "value": "Because."}
+OTHER_GPT = {"from": "gpt", "value": "No idea."}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("chosen", "rejected"),
+    [(GPT, OTHER_GPT), ([GPT], [OTHER_GPT]), ("Because.", "No idea."), (GOOD, BAD)],
+    ids=["objects", "lists", "strings", "messages"],
+)
+def test_sharegpt_turns_are_the_prompt_of_answers_of_any_kind(chosen, rejected):
+    assert read({"conversations": [HUMAN], "chosen": chosen, "rejected": rejected}) == PAIR_OF_MESSAGES
+    assert read({"prompt": [QUESTION], "chosen": chosen, "rejected": rejected}) == PAIR_OF_MESSAGES
+
+
+def test_sharegpt_speakers_become_roles_and_a_system_column_the_first_turn():
+    turns = [HUMAN, GPT, {"from": "observation", "value": "4"}, HUMAN]
+    found = read({"conversations": turns, "chosen": GPT, "rejected": OTHER_GPT, "system": "Be brief.", "tools": ""})
+    assert found.prompt == (
+        Message("system", "Be brief."),
+        Message("user", "Why?"),
+        Message("assistant", "Because."),
+        Message("tool", "4"),
+        Message("user", "Why?"),
+    )
+    assert read({"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER_GPT, "system": ""}) == PAIR_OF_MESSAGES
+
+
+def test_whole_conversations_are_read_in_sharegpts_words_too():
+    assert read({"chosen": [HUMAN, GPT], "rejected": [HUMAN, OTHER_GPT]}) == PAIR_OF_MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
     [
-        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"broken.jsonl is not valid JSON: line 2, column 12"),
-        ("broken.json", '[{"prompt": "a"},\n {"prompt" "b"}]', r"broken.json is not valid JSON: line 2, column 12"),
-        ("latin.jsonl", b'{"prompt": "\xe9"}\n', "latin.jsonl is not valid JSON: byte 12 is not UTF-8"),
-        ("empty.jsonl", "", "empty.jsonl has no rows"),
-        ("empty.json", "[]", "empty.json has no rows"),
-        ("empty.csv", "prompt,chosen,rejected\n", "empty.csv has no rows"),
-        ("broken.parquet", "PAR1", "broken.parquet .*cannot be read"),
-        ("notes.txt", "hello", "notes.txt must be one of .json, .jsonl, .parquet, .csv, .arrow"),
+        (1, Preference("Q", "a", "b")),
+        ("1", Preference("Q", "a", "b")),
+        (1.0, Preference("Q", "a", "b")),
+        ("model_a", Preference("Q", "a", "b")),
+        (2, Preference("Q", "b", "a")),
+        (" B ", Preference("Q", "b", "a")),
+        ("output_2", Preference("Q", "b", "a")),
+        (0, "tie"),
+        ("tie", "tie"),
+        ([1, 1, 2], Preference("Q", "a", "b")),
+        ([2, 2, None], Preference("Q", "b", "a")),
+        ([1, 2, 0], "tie"),
+        ([1, 0, 0], "tie"),
+        ([1, 2], "tie"),
+        (3, "label not understood"),
+        (True, "label not understood"),
+        (None, "label not understood"),
+        ("", "label not understood"),
+        ([], "label not understood"),
+        ([1, "perhaps"], "label not understood"),
+        (0.7, "label not understood"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, capfd, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message) as raised:
-        load_rows(Source(str(path)))
-    assert "\n" not in str(raised.value)
-    assert capfd.readouterr() == ("", "")
+def test_a_label_says_which_output_is_better(label, expected):
+    assert read({"prompt": "Q", "output_1": "a", "output_2": "b", "label": label}) == expected
 
 
-@pytest.mark.parametrize("path", ["nowhere.jsonl", "/nowhere/at/all", "some/deep/folder"])
-def test_a_missing_file_is_refused_without_asking_the_hub(path):
-    with pytest.raises(UserError, match=f"{path} does not exist"):
-        load_rows(Source(path))
+def test_several_columns_are_the_votes_of_several_raters_and_the_parts_of_a_prompt():
+    row = {"instruction": "Add.", "input": "1 2\n", "r1": "3", "r2": "4", "x": 2, "y": 1, "z": 1}
+    columns = {"output_1": "r1", "output_2": "r2", "label": ["x", "y", "z"], "prompt": ["instruction", "input"]}
+    assert read(row, **columns) == Preference("Add.\n\n1 2\n", "3", "4")
+    assert read({**row, "input": " "}, **columns) == Preference("Add.", "3", "4")
+    assert read({**row, "input": None}, **columns) == Preference("Add.", "3", "4")
+    assert read({**row, "input": 3}, **columns) == "not text"
+    assert read({**row, "x": 1, "y": 0, "z": 2}, **columns) == "tie"
+    del row["y"]
+    with pytest.raises(UserError, match=r"has no column 'y', only instruction, input, r1, r2, x, z;"):
+        read(row, **columns)
 
 
-def test_an_empty_folder_and_an_unknown_split_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        load_rows(Source(str(tmp_path)))
-    path = write(tmp_path / "rows.jsonl", {"prompt": "Q"})
-    with pytest.raises(UserError, match=r"split 'test'.*\['train'\]"):
-        load_rows(Source(path, split="test"))
+def test_a_labelled_pair_may_hold_messages():
+    row = {"prompt": [QUESTION], "output_1": BAD, "output_2": [GOOD], "label": 2}
+    assert read(row) == PAIR_OF_MESSAGES
 
 
-def test_a_hub_id_that_cannot_be_reached_is_refused():
-    # In a process of its own: the library reads the variable when it is imported.
-    script = (
-        "from dpo_ds.data.preferences import Source, load_rows\n"
-        "from dpo_ds.errors import UserError\n"
-        "try: load_rows(Source('nobody/nothing'))\n"
-        "except UserError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("the data set nobody/nothing (split 'train') cannot be read")
-    assert done.stdout.count("\n") == 1
+def test_every_ranked_answer_is_paired_with_every_worse_one():
+    expected = [Preference("Q", better, worse) for better, worse in ("ab", "ac", "bc")]
+    answers = [
+        ["a", "b", "c"],
+        [{"answer": "b", "rank": 2}, {"answer": "c", "rank": 3}, {"answer": "a", "rank": 1}],
+        [
+            {"response": "b", "overall_score": 5.5},
+            {"response": "a", "overall_score": 9},
+            {"response": "c", "overall_score": 1},
+        ],
+    ]
+    for some in answers:
+        assert read_all({"prompt": "Q", "answers": some}) == expected
+    assert read_all({"context": "Q", "completions": answers[1]}, prompt="context", answers="completions") == expected
+
+
+def test_ranked_answers_may_be_messages():
+    answers = [{"completion": [BAD], "rank": 1}, {"completion": [GOOD], "rank": 0}]
+    assert read({"prompt": [QUESTION], "answers": answers}) == PAIR_OF_MESSAGES
+    assert read({"prompt": [QUESTION], "answers": [GOOD, BAD]}) == PAIR_OF_MESSAGES
+
+
+def test_each_pair_of_ranked_answers_counts_for_itself():
+    scored = [{"text": "a", "score": 2}, {"text": "b", "score": 1}, {"text": "", "score": 1}, {"text": 3, "score": 0}]
+    assert read_all({"prompt": "Q", "answers": scored}) == [
+        Preference("Q", "a", "b"),
+        "empty response",
+        "not text",
+        "tie",
+        "not text",
+        "not text",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("name", "columns", "rows", "first"),
+    ("answers", "reason"),
     [
-        ("pandalm_dpo.jsonl", {}, 836, "### Instruction"),
-        ("llmbar_natural_conversational.jsonl", {}, 100, "Summarize the following"),
+        ([], "fewer than two answers"),
+        (["a"], "fewer than two answers"),
+        (None, "not text"),
+        ("a", "not text"),
+        ([{"text": "a", "score": 1}, {"text": "b"}], "label not understood"),
+        ([{"text": "a", "rank": True}, {"text": "b", "rank": 2}], "label not understood"),
+        ([{"text": "a", "rank": 1}, "b"], "label not understood"),
+    ],
+)
+def test_a_ranked_list_without_an_order_is_dropped_once(answers, reason):
+    assert read({"prompt": "Q", "answers": answers}) == reason
+
+
+def test_the_shape_that_the_run_file_names_is_taken():
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "left": "c", "right": "d", "label": 2}
+    assert read(row) == Preference("Q", "a", "b")
+    assert read(row, output_1="left", output_2="right") == Preference("Q", "d", "c")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [QUESTION, GOOD], "label": True},
+        {"prompt": "Q", "completion": "a", "label": False},
+        {"prompt": "Q", "completion": "a", "label": "True"},
+        {"instruction": "Q", "output": "a", "kto_tag": True},
+    ],
+)
+def test_unpaired_data_is_refused_by_its_name(row):
+    with pytest.raises(
+        UserError, match=r"row 7 is unpaired data .*as for KTO; DPO needs two answers to the same prompt"
+    ):
+        read(row)
+
+
+PANDALM = {
+    "prompt": ["instruction", "input"],
+    "output_1": "response1",
+    "output_2": "response2",
+    "label": ["annotator1", "annotator2", "annotator3"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "pairs", "dropped", "first"),
+    [
+        ("pandalm_dpo.jsonl", {}, 836, {}, "### Instruction"),
+        (
+            "pandalm_testset_v1.json",
+            PANDALM,
+            836,
+            {"tie": 105, "empty response": 52, "not text": 6},
+            "The sentence you are given might be",
+        ),
+        ("llamafactory_dpo_en_demo.json", {}, 300, {}, "Hi! I'd like to create a new language game"),
         (
             "llamafactory_v1_dpo_demo.jsonl",
             {"chosen": "chosen_messages", "rejected": "rejected_messages"},
             10,
+            {},
             "You are an AI assistant.",
         ),
+        ("llmbar_Natural.json", {"prompt": "input"}, 100, {}, "Summarize the following"),
+        ("llmbar_natural_conversational.jsonl", {}, 100, {}, "Summarize the following"),
     ],
 )
-def test_every_row_of_the_real_files_is_a_preference(material, name, columns, rows, first):
-    found = [
-        read_preference(row, columns=columns, where="") for row in load_rows(Source(str(material / "prefs" / name)))
-    ]
-    assert [type(preference) for preference in found] == [Preference] * rows
-    prompt = found[0].prompt
+def test_every_row_of_the_real_files_is_a_preference_or_counted(material, name, columns, pairs, dropped, first):
+    (rows,) = load_rows(Source(str(material / "prefs" / name), columns=columns))
+    found = [read_preferences(row, columns=columns, where="") for _, row in rows]
+    assert {len(some) for some in found} == {1}
+    reasons = Counter(only for (only,) in found if isinstance(only, str))
+    preferences = [only for (only,) in found if isinstance(only, Preference)]
+    assert (len(preferences), reasons, len(rows)) == (pairs, dropped, pairs + sum(dropped.values()))
+    prompt = preferences[0].prompt
     assert (prompt if isinstance(prompt, str) else prompt[0].content).startswith(first)
 
 
-def test_unpaired_data_is_refused_by_name(material):
-    row = next(iter(load_rows(Source(str(material / "prefs" / "llamafactory_kto_en_demo.json")))))
-    with pytest.raises(UserError, match="has no column 'chosen', only messages, label"):
+def test_the_votes_on_pandalm_give_the_pairs_that_were_derived_from_them(material):
+    (raw,) = load_rows(Source(str(material / "prefs" / "pandalm_testset_v1.json")))
+    (derived,) = load_rows(Source(str(material / "prefs" / "pandalm_dpo.jsonl")))
+    found = [read(row, **PANDALM) for _, row in raw]
+    assert [number for number, only in enumerate(found) if only == "not text"] == [157, 158, 159, 161, 162, 164]
+    pairs = [(only.chosen, only.rejected) for only in found if isinstance(only, Preference)]
+    assert pairs == [(row["chosen"], row["rejected"]) for _, row in derived]
+
+
+def test_the_labels_of_llmbar_give_the_pairs_that_were_derived_from_them(material):
+    (raw,) = load_rows(Source(str(material / "prefs" / "llmbar_Natural.json")))
+    (derived,) = load_rows(Source(str(material / "prefs" / "llmbar_natural_conversational.jsonl")))
+    for (_, labelled), (_, messages) in zip(raw, derived, strict=True):
+        plain, typed = read(labelled, prompt="input"), read(messages)
+        assert (plain.prompt,) == tuple(message.content for message in typed.prompt)
+        assert (plain.chosen, plain.rejected) == (typed.chosen[0].content, typed.rejected[0].content)
+
+
+def test_system_turns_of_real_sharegpt_rows_are_kept(material):
+    (rows,) = load_rows(Source(str(material / "prefs" / "llamafactory_dpo_en_demo.json")))
+    prompts = [read(row).prompt for _, row in rows]
+    assert sum(prompt[0].role == "system" for prompt in prompts) == 80
+    assert (min(map(len, prompts)), max(map(len, prompts))) == (1, 13)
+
+
+def test_real_unpaired_data_are_refused_by_name(material):
+    (rows,) = load_rows(Source(str(material / "prefs" / "llamafactory_kto_en_demo.json")))
+    _, row = next(iter(rows))
+    with pytest.raises(UserError, match=r"is unpaired data \(messages, label\)"):
         read(row)

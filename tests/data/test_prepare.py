@@ -1,6 +1,10 @@
 import json
 import multiprocessing
+import os
+import resource
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +168,105 @@ def test_what_a_killed_process_left_is_cleared_away(tokenizer, source, tmp_path)
     (folder / f".{key}.lock").touch()
     assert len(run([source], tokenizer, folder)) == 2
     assert files(folder) == {key, f"{key}/pairs.arrow", f"{key}/manifest.json"}
+
+
+def _prepare_slowly(tokenizer: str, path: str, folder: str) -> None:
+    run([Source(path)], load_tokenizer(tokenizer), Path(folder))
+
+
+def test_a_process_that_is_killed_in_the_middle_costs_nothing_but_its_time(tokenizer, tmp_path):
+    source, folder = write(tmp_path / "many.jsonl", ROWS[:1] * 30_000), tmp_path / "data"
+    arguments = (tokenizer.name, source.path, str(folder))
+    process = multiprocessing.get_context("spawn").Process(target=_prepare_slowly, args=arguments)
+    process.start()
+    while not (begun := [path for path in folder.glob(".*/pairs.arrow") if path.stat().st_size > 100_000]):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    key = begun[0].parent.name[1:].split("-")[0]
+    assert not (folder / key).exists()
+    prepared = run([source], tokenizer, folder)
+    assert (prepared.path.name, len(prepared)) == (key, 30_000)
+    assert files(folder) == {key, f"{key}/pairs.arrow", f"{key}/manifest.json"}
+
+
+def _prepare_on_a_full_disk(tokenizer: str, path: str, folder: str, results) -> None:
+    loaded = load_tokenizer(tokenizer)
+    # A file that may not grow fails as on a full disk: the write says so, in its middle.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        run([Source(path)], loaded, Path(folder))
+    except UserError as error:
+        results.put(str(error))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", ROWS[:1] * 2000)
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    arguments = (tokenizer.name, source.path, str(tmp_path / "runs" / "data"), results)
+    process = spawn.Process(target=_prepare_on_a_full_disk, args=arguments)
+    process.start()
+    said = results.get(timeout=60)
+    process.join()
+    assert said.startswith(f"the prepared pairs cannot be written to {tmp_path / 'runs' / 'data'}: ")
+    assert said.endswith("free some space there, or name another output_dir")
+    assert "\n" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_is_cut_in_the_middle_of_a_row_leaves_nothing_behind(tokenizer, source, tmp_path):
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(Path(source.path).read_text()[:-20])
+    with pytest.raises(UserError, match=r"cut.jsonl is not valid JSON: line 6, column \d+"):
+        run([Source(str(cut))], tokenizer, tmp_path / "runs" / "data")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_bad_row_is_counted_and_none_is_lost(tokenizer, tmp_path):
+    good = {"prompt": "pq", "chosen": "x", "rejected": "y"}
+    expected = {
+        "not text": [{**good, "chosen": value} for value in (None, True, 3, 2.5, {}, [], ["x"], "x\udc00")],
+        "too long": [{**good, "prompt": "p" * 1_000_000}],
+        "empty response": [{**good, "rejected": " \n"}, {**good, "chosen": "<eos>"}],
+        "identical responses": [{**good, "chosen": "y"}, {**good, "chosen": "y<eos>"}],
+        "empty prompt": [{**good, "prompt": ""}],
+    }
+    bad = [row for rows in expected.values() for row in rows]
+    prepared = run([write(tmp_path / "rows.jsonl", [good, *bad, good])], tokenizer, tmp_path / "data")
+    assert prepared.dropped == {reason: len(rows) for reason, rows in expected.items()}
+    assert (len(prepared), prepared.manifest.rows_read) == (2, 2 + len(bad))
+    assert prepared.table["row"].to_pylist() == [1, len(bad) + 2]
+
+
+def test_files_of_one_folder_may_have_other_shapes(tokenizer, tmp_path):
+    write(tmp_path / "rows" / "a.jsonl", [ROWS[0]])
+    write(tmp_path / "rows" / "b.jsonl", [{"prompt": "pq", "answers": ["x", "y"], "note": 3}])
+    write(
+        tmp_path / "rows" / "c.jsonl", [{"prompt": "r", "output_1": "x", "output_2": "z", "label": n} for n in (2, 0)]
+    )
+    prepared = run([Source(str(tmp_path / "rows"))], tokenizer, tmp_path / "data")
+    assert [prepared.where(index) for index in range(len(prepared))] == [
+        f"{tmp_path}/rows/{name}.jsonl row 1" for name in "abc"
+    ]
+    assert (prepared.manifest.rows_read, prepared.dropped) == (4, {"tie": 1})
+
+
+def test_ranked_answers_add_up_and_keep_the_number_of_their_row(tokenizer, tmp_path):
+    rows = [ROWS[0], {"prompt": "pq", "answers": ["x", "y", "z", "z"]}, {"prompt": "pq", "answers": ["x"]}]
+    write(tmp_path / "rows" / "a.jsonl", rows[:1])
+    write(tmp_path / "rows" / "b.jsonl", rows[1:])
+    prepared = run([Source(str(tmp_path / "rows" / "*.jsonl"))], tokenizer, tmp_path / "data")
+    manifest = prepared.manifest
+    assert (manifest.rows_read, manifest.expanded, manifest.pairs) == (3, 5, 6)
+    assert manifest.dropped == {"identical responses": 1, "fewer than two answers": 1}
+    assert manifest.rows_read + manifest.expanded == manifest.pairs + sum(manifest.dropped.values())
+    assert prepared.table["row"].to_pylist() == [1, 1, 1, 1, 1, 1]
+    with pytest.raises(UserError, match=r"2 of 8 pairs of .*a.jsonl, .*b.jsonl cannot be used"):
+        run([Source(str(tmp_path / "rows" / "*.jsonl"))], tokenizer, tmp_path / "data", max_dropped=0.2)
 
 
 def _prepare_there(tokenizer: str, path: str, folder: str, barrier, results) -> None:

@@ -2,8 +2,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from dpo_ds.data.preferences import Message, Preference, Source, load_rows, read_preference
-from dpo_ds.data.tokenization import TokenizedPair, tokenize_pair
+from dpo_ds.data.preferences import Message, Preference, Source, read_preferences
+from dpo_ds.data.rows import load_rows
+from dpo_ds.data.tokenization import TokenizedPair, merges_at_boundary, tokenize_pair
 from dpo_ds.errors import UserError
 from dpo_ds.models.tokenizer import load_tokenizer
 from tests.data.small_tokenizer import small_tokenizer
@@ -109,6 +110,51 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_it_does(tmp
         tokenize(conversation(), tokenizer)
 
 
+# As of reasoning models: one opens the thought for the model, which then answers without; the other thinks nothing.
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+THINKS_NOTHING = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_opens_a_thought_which_the_answer_lacks_is_refused_with_what_it_does(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template=OPENS_A_THOUGHT)
+    with pytest.raises(UserError, match=r"rewrites a prompt once .* '<think>\\n' becomes 'good<\|end\|>'"):
+        tokenize(conversation(), tokenizer)
+    thought = conversation("<think>\nhm</think>good", "<think>\nbad")
+    pair = tokenize(thought, tokenizer)
+    assert pair.prompt_ids == tuple(tokenizer.encode("<user>Why?<|end|><assistant><think>\n"))
+    assert pair.chosen_ids == (*tokenizer.encode("hm</think>good<|end|>"), tokenizer.eos_id)
+
+
+def test_a_thought_that_the_template_writes_into_the_answer_is_scored(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template=THINKS_NOTHING, eos="<|end|>")
+    pair = tokenize(conversation(), tokenizer)
+    assert pair.prompt_ids == tuple(tokenizer.encode("<user>Why?<|end|><assistant>"))
+    assert pair.chosen_ids == tuple(tokenizer.encode("<think></think>good<|end|>"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "merges"),
+    [
+        ("pq\n", "xy", "z", False),
+        ("pq\n", "\nxy", "z", True),
+        ("pq\n", "xy", "\nz", True),
+        ("pq ", "xy", "ax", True),
+        ("p\n\n", "xy", "z", False),
+    ],
+)
+def test_a_pair_whose_tokens_would_merge_is_told_from_one_whose_would_not(tmp_path, prompt, chosen, rejected, merges):
+    tokenizer = small_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert merges_at_boundary(Preference(prompt, chosen, rejected), tokenizer) is merges
+    messages = [(Message("user", text),) for text in (prompt, chosen, rejected)]
+    assert merges_at_boundary(Preference(*messages), tokenizer) is merges
+
+
 def test_a_conversation_that_the_template_refuses_is_dropped(tmp_path):
     tokenizer = small_tokenizer(tmp_path, template=GEMMA, bos="<bos>")
     assert tokenize(conversation(first_role="system"), tokenizer) == "refused by the chat template"
@@ -181,11 +227,12 @@ def test_scored_tokens_of_real_rows_decode_to_the_responses(material):
         hugging_face: AutoTokenizer.from_pretrained(hugging_face).decode,
         sentence_piece: sentencepiece.SentencePieceProcessor(model_file=sentence_piece).decode,
     }
-    rows = load_rows(Source(str(material / "prefs" / "pandalm_dpo.jsonl"), split="train[:100]"))
+    (rows,) = load_rows(Source(str(material / "prefs" / "pandalm_dpo.jsonl"), split="train[:100]"))
     for path, decode in decoders.items():
         tokenizer = load_tokenizer(path)
-        for row in rows:
-            pair = tokenize(read_preference(row, columns={}, where=""), tokenizer, 10_000)
+        for _, row in rows:
+            (preference,) = read_preferences(row, columns={}, where="")
+            pair = tokenize(preference, tokenizer, 10_000)
             for ids, text in ((pair.chosen_ids, row["chosen"]), (pair.rejected_ids, row["rejected"])):
                 assert ids[-1] == tokenizer.eos_id
                 assert ids.count(tokenizer.eos_id) == 1

@@ -15,8 +15,10 @@ from dpo_ds.data.prepare import Manifest, PreparedPairs
 from dpo_ds.engine import PolicyEngine, ReferenceEngine, World, initialize, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest
+from dpo_ds.engine.stopping import Agreement
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.gate import check_cached_scores, choose_layout_of
+from dpo_ds.launcher.signals import StopRequest
 from tests.engine.scenarios import POLICY_CONFIG, REFERENCE_CONFIG, main, some_pairs
 
 PAIRS = 11  # in blocks of 4, 4 and 3
@@ -57,7 +59,7 @@ def filled(folder: str, reference: ReferenceEngine, world: World, layout: str = 
     packed = choose_layout_of([reference.model], pair, layout=layout, dtype=torch.float32, world=world)
     cache = opened(folder, world, layout)
     cache.expect(Source(reference.fingerprint, packed))
-    cache.fill(reference)
+    cache.fill(reference, Agreement(StopRequest()))
     return cache
 
 

@@ -1,0 +1,459 @@
+"""Checkpoints: DeepSpeed's shards of the policy and what this package adds, complete or absent; and the way back.
+
+Written aside, every file's size and checksum listed last in ``COMPLETE``, then renamed. The order of the data is not in
+here: the schedule derives it from the step.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpo_ds.config import shown
+from dpo_ds.engine.policy import PolicyEngine
+from dpo_ds.engine.world import World
+from dpo_ds.errors import RunError, UserError, first_line
+
+CHECKPOINTS_FOLDER = "checkpoints"
+COMPLETE = "COMPLETE"
+_STATE = "state.json"
+_ASIDE = ".tmp"
+_FORMAT = 1
+_PIECE_BYTES = 2**24
+_BYTES_PER_PARAMETER = 12
+"""A master weight and Adam's two moments, in float32; the weights themselves follow from the masters."""
+_SEEN_WITHIN_S = 10.0
+"""Shared file systems show another node's new file after a few seconds."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: the last optimizer step that was taken, 0 before the first.
+        tokens: trained on so far.
+        train_seconds: spent in steps so far.
+        metrics_bytes: length of ``metrics.jsonl``.
+        wandb_run_id: wandb's name for the run, None without one.
+        evaluation: means over the held-out pairs after this very step, None where there was no evaluation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    metrics_bytes: int = 0
+    wandb_run_id: str | None = None
+    evaluation: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        progress: how far the run had come.
+        origin: all that must be the same where the run goes on, by the run file's keys.
+        weights: fingerprint of the policy's.
+        world_size: ranks that saved it.
+        versions: of the packages that made it.
+        format: version of the files' layout.
+    """
+
+    progress: Progress
+    origin: dict[str, Any]
+    weights: str
+    world_size: int
+    versions: dict[str, str | None] = field(default_factory=dict)
+    format: int = _FORMAT
+
+
+def complete_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns a folder's complete checkpoints, newest first, and what is wrong with the others.
+
+    Sizes are compared, not contents: ``Checkpoints.restore`` does that, on all ranks.
+
+    Args:
+        folder: ``OUTPUT_DIR/checkpoints``, which may not exist.
+    """
+    found = sorted(folder.glob("step-*[0-9]"), key=step_of, reverse=True)
+    problems = {path: problem_of(path) for path in found}
+    return [path for path in found if problems[path] is None], [problem for problem in problems.values() if problem]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step after which a checkpoint was saved, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Returns why a folder is no complete checkpoint, in one line, or None if it is one."""
+    try:
+        files = _listed(checkpoint)
+        for name, (size, _) in files.items():
+            held = (checkpoint / name).stat().st_size
+            if held != size:
+                return f"{checkpoint / name} holds {held} bytes in place of {size}"
+        if _measured(checkpoint / _STATE) != files[_STATE] or read_saved(checkpoint).format != _FORMAT:
+            return f"{checkpoint / _STATE} is damaged, or of another version"
+    except FileNotFoundError as error:
+        return f"there is no {error.filename}"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{checkpoint} cannot be read: {first_line(error)}"
+    return None
+
+
+def read_saved(checkpoint: Path) -> Saved:
+    """Returns what a complete checkpoint says of itself."""
+    values = json.loads((checkpoint / _STATE).read_text())
+    return Saved(**values | {"progress": Progress(**values["progress"])})
+
+
+def check_origin(
+    checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]
+) -> None:
+    """Compares what a checkpoint was made with and what the run has now.
+
+    Args:
+        checkpoint: for the message.
+        saved: the checkpoint's ``origin``.
+        now: as much of the run's as is known by now.
+        allowed: keys that may differ.
+
+    Raises:
+        UserError: a value differs.
+    """
+    for key, value in json.loads(json.dumps(dict(now))).items():
+        if key not in allowed and value != saved.get(key):
+            raise UserError(
+                f"{key} is {shown(value)}, but {checkpoint} was made with {shown(saved.get(key))}; set it back, name "
+                f"another output_dir, or go on with the new value: --allow_changed {key}"
+            )
+
+
+def check_world_size(checkpoint: Path, *, ranks: int) -> None:
+    """Compares the ranks that saved a checkpoint and those that start now.
+
+    Raises:
+        UserError: their numbers differ.
+    """
+    saved = read_saved(checkpoint).world_size
+    if saved != ranks:
+        raise UserError(
+            f"{checkpoint} was saved by {saved} ranks, but {ranks} start now, over which it cannot be spread; start "
+            f"{saved}, or name another output_dir to begin again"
+        )
+
+
+def surplus(steps: Collection[int], *, keep: int, keep_every: int | None, best: int | None) -> set[int]:
+    """Returns the steps whose checkpoints may go.
+
+    Args:
+        steps: all that have one.
+        keep: how many of the newest stay.
+        keep_every: multiples of it stay.
+        best: stays.
+    """
+    lasting = {step for step in steps if keep_every is not None and step % keep_every == 0} | {best}
+    return set(sorted(steps)[:-keep]) - lasting
+
+
+class Checkpoints:
+    """A run's checkpoints. Every method is collective."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        policy: PolicyEngine,
+        world: World,
+        origin: Mapping[str, Any],
+        versions: Mapping[str, str | None],
+        keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+    ) -> None:
+        """Names the place; nothing is written yet.
+
+        Args:
+            folder: ``OUTPUT_DIR/checkpoints``, on a file system that all ranks share.
+            policy: whose state is saved.
+            world: the ranks.
+            origin: all that must be the same where the run goes on, by the run file's keys.
+            versions: of the packages at work.
+            keep: how many of the newest stay.
+            keep_every: checkpoints of the steps that it divides stay, too.
+            keep_best: name of the evaluation's mean whose best checkpoint stays, too: the lowest loss, or the highest
+                of anything else.
+        """
+        self.folder = folder
+        self._policy = policy
+        self._world = world
+        self._origin = origin
+        self._versions = versions
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+
+    def check_place(self) -> None:
+        """Tries out, before it matters, whether ranks can save there, and removes what killed saves have left.
+
+        Raises:
+            UserError: the folder cannot be written, is not the same one on all nodes, or has too little space.
+        """
+        problem = None
+        if self._world.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left_by_a_killed_save in self.folder.glob(f"*{_ASIDE}"):
+                    shutil.rmtree(left_by_a_killed_save)
+                problem = self._lack_of_space()
+            except OSError as error:
+                problem = self._unwritable(error)
+        self._world.agree(problem)
+        probe = self.folder / f".rank-{self._world.rank}"
+        try:
+            probe.touch()
+        except OSError as error:
+            problem = self._unwritable(error)
+        self._world.agree(problem)
+        if self._world.rank == 0:
+            problem = self._unseen({self.folder / f".rank-{rank}": 0 for rank in range(self._world.size)})
+        try:
+            self._world.agree(problem)
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+
+    def save(self, progress: Progress) -> None:
+        """Saves all that a run needs to go on behind ``progress.step``; a checkpoint of that step is replaced.
+
+        Gradients that wait for their step are not part of it.
+
+        Raises:
+            UserError: the files cannot be written, or rank 0 does not see every rank's; nothing half-written is left.
+        """
+        target = self.folder / f"step-{progress.step:08d}"
+        aside = target.with_name(target.name + _ASIDE)
+        weights = self._policy.fingerprint()
+        problem, files = None, dict[str, tuple[int, str]]()
+        if self._world.rank == 0:
+            try:
+                self._make_room_aside(aside)
+                problem = self._lack_of_space()
+            except OSError as error:
+                problem = self._unwritable(error)
+        self._agree(problem, aside)
+        problem = self._policy.save(aside)
+        if problem is None:
+            try:
+                save_file(_random_state(), aside / _random_file(self._world.rank))
+                files = {path.name: _settled(path) for path in self._mine(aside)}
+            except (OSError, SafetensorError) as error:
+                problem = first_line(error)
+        self._agree(problem and self._unwritable(problem), aside)
+        everything = {name: entry for part in self._world.gather(files) for name, entry in part.items()}
+        if self._world.rank == 0:
+            saved = Saved(progress, dict(self._origin), weights, self._world.size, dict(self._versions))
+            try:
+                problem = self._unseen({aside / name: size for name, (size, _) in everything.items()})
+                if problem is None:
+                    self._complete(aside, target, saved, everything)
+                    self._prune()
+            except OSError as error:
+                problem = self._unwritable(error)
+        self._agree(problem, aside)
+
+    def restore(self, candidates: Sequence[Path], *, allowed: Collection[str]) -> Progress:
+        """Brings the policy, and every rank's random numbers, to where a checkpoint was saved.
+
+        Args:
+            candidates: complete checkpoints, in the order of preference; the first with sound contents is taken.
+            allowed: keys of ``origin`` that may differ from the checkpoint's.
+
+        Returns:
+            How far the run had come. Of a checkpoint from elsewhere, without its record.
+
+        Raises:
+            UserError: all candidates are damaged, or the run has changed.
+            RunError: what was loaded is not what was saved.
+        """
+        checkpoint = self._sound(candidates)
+        saved = read_saved(checkpoint)
+        check_world_size(checkpoint, ranks=self._world.size)
+        check_origin(checkpoint, saved.origin, self._origin, allowed=allowed)
+        problem = self._policy.load(checkpoint)
+        problems = [named for named in self._world.gather(problem) if named]
+        if problems:
+            raise RunError(f"{checkpoint} cannot be loaded: {problems[0]}")
+        found = self._policy.fingerprint()
+        if found != saved.weights:
+            raise RunError(
+                f"{checkpoint} was loaded, but the policy's weights are not those that were saved: fingerprint "
+                f"{found[:12]} in place of {saved.weights[:12]}; is the ds_config another one?"
+            )
+        _set_random_state(load_file(checkpoint / _random_file(self._world.rank)))
+        if checkpoint.parent.resolve() == self.folder.resolve():
+            return saved.progress
+        return replace(saved.progress, metrics_bytes=0, wandb_run_id=None)
+
+    def _sound(self, candidates: Sequence[Path]) -> Path:
+        damaged = []
+        for checkpoint in candidates:
+            files = sorted(_listed(checkpoint).items())
+            mine = files[self._world.rank :: self._world.size]
+            problem = next(_damages(checkpoint, dict(mine)), None)
+            problems = [named for named in self._world.gather(problem) if named]
+            if not problems:
+                return checkpoint
+            damaged.append(problems[0])
+            if self._world.rank == 0:
+                print(f"warning: {problems[0]}; this checkpoint is left out", flush=True)
+        raise UserError(f"{damaged[0]}; put the file back, or name another output_dir to begin again")
+
+    def _make_room_aside(self, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def _mine(self, folder: Path) -> list[Path]:
+        # DeepSpeed's names end in the kind of the file and hold the rank; the folders are of tensors that it swaps out.
+        mine = f"*zero_pp_rank_{self._world.rank}_mp_rank_*"
+        found = [*folder.glob(mine), folder / _random_file(self._world.rank)]
+        assert len(found) == 3, f"DeepSpeed has written {[path.name for path in folder.iterdir()]}"
+        return found
+
+    def _unseen(self, sizes: Mapping[Path, int]) -> str | None:
+        deadline = time.monotonic() + _SEEN_WITHIN_S
+        for path, size in sizes.items():
+            while not (path.exists() and path.stat().st_size == size):
+                if time.monotonic() > deadline:
+                    return (
+                        f"output_dir must be on a file system that all ranks share: rank 0 does not see {path}, which "
+                        "another rank has written"
+                    )
+                time.sleep(0.2)
+        return None
+
+    def _complete(self, aside: Path, target: Path, saved: Saved, files: dict[str, tuple[int, str]]) -> None:
+        (aside / _STATE).write_text(json.dumps(asdict(saved), indent=1) + "\n")
+        files[_STATE] = _settled(aside / _STATE)
+        (aside / COMPLETE).write_text(json.dumps({"files": files}, indent=1) + "\n")
+        _settled(aside / COMPLETE)
+        _sync_folder(aside)
+        if target.exists():
+            self._remove(target)
+        aside.rename(target)
+        _sync_folder(self.folder)
+
+    def _prune(self) -> None:
+        complete, _ = complete_checkpoints(self.folder)
+        by_step = {step_of(path): path for path in complete}
+        best = None
+        if self._keep_best is not None:
+            best = _best(by_step, self._keep_best)
+        for step in surplus(by_step, keep=self._keep, keep_every=self._keep_every, best=best):
+            self._remove(by_step[step])
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Renamed first: one that is half removed is no checkpoint, and the next start clears it away.
+        going = checkpoint.with_name(f"{checkpoint.name}.old{_ASIDE}")
+        checkpoint.rename(going)
+        shutil.rmtree(going)
+
+    def _lack_of_space(self) -> str | None:
+        needed = _BYTES_PER_PARAMETER * self._policy.parameters + self._world.size * 2**20
+        free = shutil.disk_usage(self.folder).free
+        if free >= needed:
+            return None
+        return (
+            f"a checkpoint needs about {needed / 2**30:.1f} GiB in {self.folder}, where {free / 2**30:.1f} GiB are "
+            "free; make room, lower checkpoint.keep, or name another output_dir"
+        )
+
+    def _unwritable(self, error: object) -> str:
+        return f"checkpoints cannot be saved in {self.folder}: {error}; make it writable, or name another output_dir"
+
+    def _agree(self, problem: str | None, aside: Path) -> None:
+        try:
+            self._world.agree(problem)
+        except UserError:
+            if self._world.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def _listed(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    listed = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    return {name: (size, digest) for name, (size, digest) in listed.items()}
+
+
+def _damages(checkpoint: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+    for name, entry in files.items():
+        try:
+            if _measured(checkpoint / name) != entry:
+                yield f"{checkpoint / name} is damaged: its checksum is not the one that it was saved with"
+        except OSError as error:
+            yield f"{checkpoint / name} cannot be read: {error}"
+
+
+def _settled(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _measured(path)
+
+
+def _measured(path: Path) -> tuple[int, str]:
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            size += len(piece)
+            digest.update(piece)
+    return size, digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _best(checkpoints: Mapping[int, Path], name: str) -> int | None:
+    evaluations = {step: read_saved(path).progress.evaluation for step, path in checkpoints.items()}
+    known = {step: means[name] for step, means in evaluations.items() if means is not None}
+    sign = -1 if name == "loss" else 1
+    return max(known, key=lambda step: (sign * known[step], step), default=None)
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "device": get_accelerator().get_rng_state().cpu(),
+        "numpy": torch.tensor([*map(int, keys), int(position)]),
+        "python": torch.tensor(random.getstate()[1]),
+    }
+
+
+def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    get_accelerator().set_rng_state(state["device"])
+    *keys, position = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    random.setstate((3, tuple(state["python"].tolist()), None))
