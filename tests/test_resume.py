@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_ds.cli.preflight import Inputs, preflight
 from dpo_ds.config import parse_run
 from dpo_ds.errors import UserError
+from dpo_ds.tracking import Mark, open_tracker
 from tests.ranks import REPOSITORY, Finished, run_ranks
 from tests.test_run import TRAIN, rows_of_words
 from tests.test_tracking import bare_wandb as bare_wandb
+from tests.test_tracking import lines_of, processes_of, wait_until
 
 pytestmark = pytest.mark.ranks
 
@@ -254,3 +258,30 @@ def test_a_folder_in_which_another_run_works_is_left_alone(again):
     assert finished.codes[0] == 2
     assert "is in use by another run" in "".join(finished.errors)
     assert record(again) == before
+
+
+def test_wandb_hears_of_every_step_once_under_one_name(tmp_path, bare_wandb):
+    code = (
+        "import os, sys, pathlib; from dpo_ds.tracking import open_tracker\n"
+        "tracker = open_tracker(pathlib.Path(sys.argv[1]), wandb='offline', project='p', config={})\n"
+        "for step in (1, 2, 3, 4):\n"
+        "    tracker.log({'step': step, 'split': 'train', 'loss': 0.12345 + step})\n"
+        "    if step == 2: mark = tracker.mark()\n"
+        "print(mark.metrics_bytes, mark.wandb_run_id, flush=True); os._exit(1)"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    size, run_id = died.stdout.split()
+    wait_until(lambda: not processes_of(tmp_path))
+    first = next((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
+    tracker = open_tracker(tmp_path, wandb="offline", project="p", config={}, behind=Mark(int(size), run_id))
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    for step in (3, 4, 5, 6):
+        tracker.log({"step": step, "split": "train", "loss": 0.12345 + step})
+    tracker.finish({})
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    [second] = {*(tmp_path / "wandb").glob(f"offline-run-*-{run_id}")} - {first}
+    told = [(folder / f"run-{run_id}.wandb").read_bytes() for folder in (first, second)]
+    assert [[f"{step}.12345".encode() in record for step in (1, 2, 3, 4, 5, 6)] for record in told] == [
+        [True, True, True, True, False, False],
+        [False, False, False, False, True, True],
+    ]

@@ -26,6 +26,7 @@ from dpo_ds.engine.checkpoint import (
 )
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
 from dpo_ds.engine.extensions import build_extensions
+from dpo_ds.engine.policy import swaps_to_files
 from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
@@ -189,7 +190,8 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
     origin = _origin(config, train, evaluation)
     if checkpoints:
         check_origin(checkpoints[0], read_saved(checkpoints[0]).origin, origin, allowed=run.allow_changed)
-        check_world_size(checkpoints[0], ranks=ranks)
+        if not run.dry_run:  # of which one process is enough
+            check_world_size(checkpoints[0], ranks=ranks)
     return Inputs(
         config=config,
         policy=policy,
@@ -217,9 +219,7 @@ def _check_loss(config: RunConfig) -> None:
 
 
 def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
-    zero = policy_config["zero_optimization"]
-    offloads = [zero.get(section) or {} for section in ("offload_optimizer", "offload_param")]
-    if config.checkpoint.every is not None and any(offload.get("device") == "nvme" for offload in offloads):
+    if config.checkpoint.every is not None and swaps_to_files(policy_config):
         raise UserError(
             f"checkpoint.every must be null where {config.deepspeed.policy} offloads to nvme, got "
             f"{config.checkpoint.every}: DeepSpeed does not bring such a policy's weights back; offload to cpu"

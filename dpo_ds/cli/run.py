@@ -88,7 +88,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
     )
-    checkpoints.check_place()  # a signal saves even where checkpoint.every is null
+    # A signal saves even where checkpoint.every is null.
+    checkpoints.check_place(will_save=config.checkpoint.every is not None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.

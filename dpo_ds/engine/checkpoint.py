@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 
 from dpo_ds.config import shown
 from dpo_ds.engine.policy import PolicyEngine
@@ -206,8 +206,11 @@ class Checkpoints:
         self._versions = versions
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
 
-    def check_place(self) -> None:
+    def check_place(self, *, will_save: bool = True) -> None:
         """Tries out, before it matters, whether ranks can save there, and removes what killed saves have left.
+
+        Args:
+            will_save: whether the run saves even if nobody stops it; else too little space may turn out not to matter.
 
         Raises:
             UserError: the folder cannot be written, is not the same one on all nodes, or has too little space.
@@ -218,13 +221,15 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left_by_a_killed_save in self.folder.glob(f"*{_ASIDE}"):
                     shutil.rmtree(left_by_a_killed_save)
-                problem = self._lack_of_space()
+                problem = self._lack_of_space() if will_save else None
             except OSError as error:
                 problem = self._unwritable(error)
         self._world.agree(problem)
         probe = self.folder / f".rank-{self._world.rank}"
         try:
             probe.touch()
+        except FileNotFoundError:
+            problem = _not_shared(f"rank {self._world.rank} does not see {self.folder}, which rank 0 has made")
         except OSError as error:
             problem = self._unwritable(error)
         self._world.agree(problem)
@@ -235,6 +240,10 @@ class Checkpoints:
         finally:
             with suppress(OSError):
                 probe.unlink()
+        self._world.barrier()
+        if self._world.rank == 0:
+            with suppress(OSError):  # it holds checkpoints
+                self.folder.rmdir()
 
     def save(self, progress: Progress) -> None:
         """Saves all that a run needs to go on behind ``progress.step``; a checkpoint of that step is replaced.
@@ -244,6 +253,11 @@ class Checkpoints:
         Raises:
             UserError: the files cannot be written, or rank 0 does not see every rank's; nothing half-written is left.
         """
+        if not self._policy.is_restorable:
+            raise UserError(
+                f"nothing is saved in {self.folder}: the policy's ds_config offloads to nvme, from where DeepSpeed "
+                "does not bring weights back; offload to cpu to be able to stop and go on"
+            )
         target = self.folder / f"step-{progress.step:08d}"
         aside = target.with_name(target.name + _ASIDE)
         weights = self._policy.fingerprint()
@@ -258,9 +272,10 @@ class Checkpoints:
         problem = self._policy.save(aside)
         if problem is None:
             try:
-                save_file(_random_state(), aside / _random_file(self._world.rank))
+                # Not by save_file, whose files nobody else may read, whatever the user's umask.
+                (aside / _random_file(self._world.rank)).write_bytes(serialized(_random_state()))
                 files = {path.name: _settled(path) for path in self._mine(aside)}
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 problem = first_line(error)
         self._agree(problem and self._unwritable(problem), aside)
         everything = {name: entry for part in self._world.gather(files) for name, entry in part.items()}
@@ -327,21 +342,16 @@ class Checkpoints:
         aside.mkdir(parents=True)
 
     def _mine(self, folder: Path) -> list[Path]:
-        # DeepSpeed's names end in the kind of the file and hold the rank; the folders are of tensors that it swaps out.
-        mine = f"*zero_pp_rank_{self._world.rank}_mp_rank_*"
-        found = [*folder.glob(mine), folder / _random_file(self._world.rank)]
-        assert len(found) == 3, f"DeepSpeed has written {[path.name for path in folder.iterdir()]}"
-        return found
+        shards = [*folder.glob(f"*zero_pp_rank_{self._world.rank}_mp_rank_*.pt")]
+        assert len(shards) == 2, f"DeepSpeed has written {[path.name for path in folder.iterdir()]}"
+        return [*shards, folder / _random_file(self._world.rank)]
 
     def _unseen(self, sizes: Mapping[Path, int]) -> str | None:
         deadline = time.monotonic() + _SEEN_WITHIN_S
         for path, size in sizes.items():
             while not (path.exists() and path.stat().st_size == size):
                 if time.monotonic() > deadline:
-                    return (
-                        f"output_dir must be on a file system that all ranks share: rank 0 does not see {path}, which "
-                        "another rank has written"
-                    )
+                    return _not_shared(f"rank 0 does not see {path}, which another rank has written")
                 time.sleep(0.2)
         return None
 
@@ -391,6 +401,10 @@ class Checkpoints:
             if self._world.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def _not_shared(symptom: str) -> str:
+    return f"output_dir must be on a file system that all ranks share: {symptom}"
 
 
 def _listed(checkpoint: Path) -> dict[str, tuple[int, str]]:

@@ -61,6 +61,7 @@ class PolicyEngine:
             model=scorer, optimizer=optimizer, config=dict(ds_config)
         )
         self._world = world
+        self.is_restorable = not swaps_to_files(ds_config)
         model_dtype, accumulation_dtype = self.engine.get_data_types()
         assert not self.engine.managed_gradient_accumulation()
         assert accumulation_dtype is torch.float32
@@ -194,6 +195,12 @@ def _reading_without_executing() -> Iterator[None]:
         os.environ.pop(variable)
         if before is not None:
             os.environ[variable] = before
+
+
+def swaps_to_files(ds_config: Mapping[str, Any]) -> bool:
+    """Returns whether DeepSpeed keeps weights or Adam's states in files of its own, which it does not restore."""
+    sections = [ds_config["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    return any(section.get("device") == "nvme" for section in sections)
 
 
 def _adamw(

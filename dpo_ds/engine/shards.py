@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,15 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from dpo_ds.engine.world import World
-from dpo_ds.errors import RunError
+from dpo_ds.errors import RunError, first_line
 from dpo_ds.models.causal_lm import load_causal_lm
 from dpo_ds.models.scorer import Scorer
 
@@ -81,10 +82,13 @@ def load_sharded(
 ) -> PreTrainedModel:
     """Loads a causal language model whose weights are sharded while they are read, and compares them with the files.
 
+    Where the files' tensors are the model's weights, by name and shape, each rank reads its own parts of them alone.
+    Otherwise, as with experts that must be fused, rank 0 reads all of them and sends them to the others.
+
     Raises:
         UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
     """
-    with _sharding_at_load(ds_config):
+    with _sharding_at_load(ds_config), _reading_parts(path, world):
         model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     unsharded = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
     if unsharded:
@@ -99,6 +103,91 @@ def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
     living = HfDeepSpeedConfig(dict(ds_config))
     yield
     del living
+
+
+@contextmanager
+def _reading_parts(path: str, world: World) -> Iterator[None]:
+    # In from_pretrained rank 0 reads each weight and sends it to all, who cut their shards from it. There is no public
+    # way around that, so this one step is replaced; all else (dtypes, buffers, ties, generation config) stays
+    # transformers' own. A release without this step loads in its own way.
+    if not hasattr(modeling_utils, "_load_state_dict_into_zero3_model"):
+        yield
+        return
+    send_whole = modeling_utils._load_state_dict_into_zero3_model
+
+    def read_parts(model: PreTrainedModel, tensors: dict[str, Any], config: Any) -> tuple[list[str], set[str]]:
+        sources = _sources(model, tensors, tensor_files(path), config)
+        if not all(world.gather(sources is not None)):
+            problems, missing = send_whole(model, tensors, config)
+            return problems, missing
+        assert sources is not None
+        tensors.clear()  # unmaps the files: their pages would count as this rank's
+        world.agree(_problem_of_reading(model, sources))
+        problems, missing = send_whole(model, {}, config)
+        return problems, missing - sources.keys()
+
+    modeling_utils._load_state_dict_into_zero3_model = read_parts
+    try:
+        yield
+    finally:
+        modeling_utils._load_state_dict_into_zero3_model = send_whole
+
+
+def _sources(
+    model: PreTrainedModel, tensors: Mapping[str, Any], files: Mapping[str, str] | None, config: Any
+) -> dict[str, tuple[str, str]] | None:
+    """Returns for each weight and stored buffer its file and its name there; None where that is not all of loading."""
+    if files is None or files.keys() != tensors.keys():
+        return None
+    # A transposition, say, may keep name and shape.
+    if any(
+        set(conversion.source_patterns) & set(conversion.target_patterns) for conversion in config.weight_mapping or ()
+    ):
+        return None
+    # Ties come last: a tied head is still a weight of its own here, stored or not.
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    sources = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        stored = stored_name(model, name, files)
+        if stored in files:
+            if not _can_be_read(weight, tensors[stored].shape):
+                return None
+            sources[name] = (files[stored], stored)
+        elif name not in tied:
+            return None
+    return sources
+
+
+def _can_be_read(tensor: Tensor, shape: torch.Size) -> bool:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.shape == shape
+    weight: ZeroParameter = tensor
+    # Shards may also be in files (NVMe), quantized, or kept a second time (hpZ).
+    return bool(
+        hasattr(weight, "ds_tensor")
+        and weight.ds_shape == shape
+        and weight.ds_tensor.dtype == weight.dtype
+        and weight.ds_tensor.final_location is None
+        and weight.ds_secondary_tensor is None
+    )
+
+
+@torch.no_grad()
+def _problem_of_reading(model: PreTrainedModel, sources: Mapping[str, tuple[str, str]]) -> str | None:
+    weights: dict[str, ZeroParameter] = model.state_dict(keep_vars=True)
+    try:
+        for name, (path, stored) in sources.items():
+            weight = weights[name]
+            with safe_open(path, framework="pt") as file:
+                if isinstance(weight, nn.Parameter):
+                    shard = shard_of(weight)
+                    shard.values.copy_(part_of_file(file, stored, shard))
+                else:
+                    weight.copy_(file.get_tensor(stored))
+            weight._is_hf_initialized = True  # otherwise transformers would draw it at random
+    except (OSError, SafetensorError) as error:
+        return f"the weights of {model.name_or_path} cannot be loaded: {first_line(error)}"
+    return None
 
 
 def register_modules(scorer: Scorer) -> None:
@@ -162,18 +251,36 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
     held = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
     held |= {name: _whole(buffer) for name, buffer in stored_buffers(model).items()}
     for name, shard in held.items():
-        # Some old checkpoints leave the backbone's own prefix out of their names.
-        stored = name if name in files else name.removeprefix(f"{model.base_model_prefix}.")
+        stored = stored_name(model, name, files)
         if stored not in files:
             return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
         with safe_open(files[stored], framework="pt") as file:
-            expected = file.get_tensor(stored).flatten()
-        if expected.numel() != shard.whole:
-            return f"{path} holds {expected.numel()} values for {name}, the model {shard.whole}"
-        expected = expected[shard.start : shard.start + shard.values.numel()].to(shard.values.dtype)
+            size = math.prod(file.get_slice(stored).get_shape())
+            if size != shard.whole:
+                return f"{path} holds {size} values for {name}, the model {shard.whole}"
+            expected = part_of_file(file, stored, shard).to(shard.values.dtype)
         if not torch.equal(expected, shard.values.cpu()):
             return f"the weight {name} differs from the file {files[stored]}; the load or the file is broken"
     return None
+
+
+def stored_name(model: PreTrainedModel, name: str, files: Container[str]) -> str:
+    """Returns the name under which a checkpoint that holds these tensors would hold a weight, if it does."""
+    # Some old checkpoints leave the backbone's own prefix out of their names.
+    return name if name in files else name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def part_of_file(file: Any, name: str, shard: Shard) -> Tensor:
+    """Returns ``(n,)``: the values that a file holds where a shard is, in the file's dtype.
+
+    Args:
+        file: opened by ``safe_open``.
+        name: of the whole tensor in it.
+        shard: of a parameter of as many values.
+    """
+    # safetensors maps the file: only the pages of this part are ever read.
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.flatten()[shard.start : shard.start + shard.values.numel()]
 
 
 def tensor_files(path: str | Path) -> dict[str, str] | None:

@@ -63,6 +63,11 @@ def load_causal_lm(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the weights of {path} cannot be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        title, _, mismatch = str(error).partition(":\n")
+        if not title.startswith("Error(s) in loading state_dict"):
+            raise
+        raise UserError(f"the checkpoint {path} does not fill its model: {mismatch.strip().splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
             named = ", ".join(str(key) for key in sorted(report[kind])[:3])

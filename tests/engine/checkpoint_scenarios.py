@@ -73,8 +73,7 @@ def older_ones_go(world: World, model: str, folder: str) -> None:
 def disks_of_nodes_are_told_apart(world: World, model: str, folder: str) -> None:
     checkpoints = checkpoints_of(engines_of(model, world), world, Path(folder, str(world.rank)))
     checkpoint._SEEN_WITHIN_S = 0.5
-    for attempt in (checkpoints.check_place, lambda: checkpoints.save(PROGRESS)):
-        Path(folder, str(world.rank)).mkdir(parents=True, exist_ok=True)
+    for attempt in (checkpoints.check_place, lambda: checkpoints.save(PROGRESS), checkpoints.check_place):
         with pytest.raises(UserError, match="must be on a file system that all ranks share"):
             attempt()
     world.barrier()
@@ -108,9 +107,12 @@ def full_disk_is_named(world: World, model: str, folder: str) -> None:
 
 def lack_of_space_is_named(world: World, model: str, folder: str) -> None:
     checkpoint._BYTES_PER_PARAMETER = 10**15
+    checkpoints = checkpoints_of(engines_of(model, world), world, folder)
     try:
         with pytest.raises(UserError, match=r"a checkpoint needs about \d+.\d GiB in .*, where .* GiB are free"):
-            checkpoints_of(engines_of(model, world), world, folder).check_place()
+            checkpoints.check_place()
+        checkpoints.check_place(will_save=False)
+        assert not Path(folder).exists()
     finally:
         checkpoint._BYTES_PER_PARAMETER = 12
 
