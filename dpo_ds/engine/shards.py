@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from dpo_ds.engine.world import World
-from dpo_ds.errors import RunError, first_line
+from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.models.causal_lm import load_causal_lm
 from dpo_ds.models.scorer import Scorer
 
@@ -88,8 +88,13 @@ def load_sharded(
     Raises:
         UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
     """
+    problem = None
     with _sharding_at_load(ds_config), _reading_parts(path, world):
-        model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+        try:
+            model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+        except UserError as error:
+            problem = str(error)
+    world.agree(problem)  # where transformers sends whole weights, rank 0 alone sees that one does not fit
     unsharded = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
     if unsharded:
         raise RunError(f"{len(unsharded)} parameters of {path} were loaded without being sharded ({unsharded[0]} ...)")

@@ -112,6 +112,7 @@ def lack_of_space_is_named(world: World, model: str, folder: str) -> None:
         with pytest.raises(UserError, match=r"a checkpoint needs about \d+.\d GiB in .*, where .* GiB are free"):
             checkpoints.check_place()
         checkpoints.check_place(will_save=False)
+        world.barrier()
         assert not Path(folder).exists()
     finally:
         checkpoint._BYTES_PER_PARAMETER = 12
