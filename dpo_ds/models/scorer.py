@@ -14,7 +14,7 @@ from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
 from dpo_ds.models.attention import sharing_prompts, why_not_packable
 from dpo_ds.models.causal_lm import head_of
 
-LOGIT_CHUNK_BYTES = 2**25
+LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
 
 
