@@ -48,7 +48,11 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
         argv: the arguments behind the script's name.
         work: what every rank does; the inputs are None on ranks that do not speak for their node.
     """
-    identity = Identity.from_environment()
+    try:
+        identity = Identity.from_environment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     end_with_launcher()
     folder = None
     try:

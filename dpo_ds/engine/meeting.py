@@ -8,7 +8,7 @@ from types import TracebackType
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dpo_ds.errors import PeerError
-from dpo_ds.launcher.identity import Identity
+from dpo_ds.launcher.identity import Identity, name_meeting_place
 
 _WAIT = timedelta(hours=24)  # one rank of a node may tokenize for hours
 _POLL_S = 0.2
@@ -26,12 +26,13 @@ class Meeting:
 
         Args:
             identity: who this process is.
+
+        Raises:
+            UserError: the launcher has not said where the ranks meet.
         """
         self._identity = identity
         self._may_refuse = identity.speaks_for_node
-        if identity.size == 1:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", "0")
+        name_meeting_place(identity)
         # torchrun's agent has opened a store there already.
         opens = identity.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.store = TCPStore(

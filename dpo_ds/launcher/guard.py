@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+STARTED_BY_AGENT = "DPO_DS_AGENT"
+"""Variable that this package's agent sets for its ranks."""
+
 _GRACE_S = 600.0
 _POLL_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = {
     *("deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
+    "dpo_ds.launcher.agent",
 }
 
 
@@ -95,8 +99,9 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _was_launched() -> bool:
-    # The variable and the argument are DeepSpeed's; nobody else sets both.
-    return "CROSS_RANK" in os.environ and any(word.startswith("--local_rank=") for word in sys.argv)
+    # CROSS_RANK and the argument are DeepSpeed's; nobody else sets both.
+    by_deepspeed = "CROSS_RANK" in os.environ and any(word.startswith("--local_rank=") for word in sys.argv)
+    return by_deepspeed or STARTED_BY_AGENT in os.environ
 
 
 class _Outliving(io.FileIO):
