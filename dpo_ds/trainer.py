@@ -1,6 +1,7 @@
 """When things happen: every step, every n steps, at the end. Training and evaluation share one forward."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training, regroup
 from dpo_ds.engine import Engines, World
-from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
+from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, complete_checkpoints
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement
 from dpo_ds.errors import RunError, Stopped, UserError
@@ -28,6 +29,7 @@ from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss
 from dpo_ds.metrics import Tally, add_pairs, add_work
 from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
+from dpo_ds.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Trainer:
         self._packed = packed
         self._agreement = agreement
         self._cached = cached
+        self._watchdog = self._watch() if engines.reference or cached else None
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         self._train_costs = self._costs(train)
         self._train_rows = self._rows(train)
@@ -137,6 +140,7 @@ class Trainer:
         """
         steps, settings = self.schedule.steps, self._config.checkpoint
         self._progress = start
+        self._world.enter("train")
         if start.step == 0:
             self._check_best(self.evaluate(after_step=0))
         elif start.evaluation is None and self._is_due(self._config.train.eval_every, start.step):
@@ -160,13 +164,15 @@ class Trainer:
                     train_seconds=self._progress.train_seconds + metrics["step_seconds"],
                     evaluation=None,
                 )
+                self._heed_watchdog(step, metrics)
                 if self._is_due(self._config.train.eval_every, step):
                     evaluation = self.evaluate(after_step=step)
                     self._progress = replace(self._progress, evaluation=evaluation or None)
                 if settings.every is not None and self._is_due(settings.every, step):
                     self.save()
-        if self._engines.reference is not None:
-            self._engines.reference.check()
+        # The export comes next.
+        self._world.enter("save")
+        self._check_reference()
         return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
     def save(self) -> None:
@@ -174,11 +180,16 @@ class Trainer:
 
         Raises:
             UserError: the checkpoint cannot be written.
+            RunError: the reference has moved.
         """
+        self._world.enter("save")
+        # What was trained against another reference is not worth going on from.
+        self._check_reference()
         mark = self._tracker.mark()
         self._checkpoints.save(
             replace(self._progress, metrics_bytes=mark.metrics_bytes, wandb_run_id=mark.wandb_run_id)
         )
+        self._world.enter("train")
 
     def train(self, step: int) -> dict[str, float]:
         """Takes optimizer step ``step`` (from 1); returns the metrics of its batch, before its update, over all ranks.
@@ -212,7 +223,7 @@ class Trainer:
         means, sums = tally.means(packed), tally.sums(packed)
         clock.lap("seconds/wait")
         if not math.isfinite(means["loss"]):
-            self._stop_at(step, plan, losses)
+            self._stop_at_loss(step, plan, losses)
         rate = learning_rate(
             step,
             steps=self.schedule.steps,
@@ -222,7 +233,8 @@ class Trainer:
         )
         grad_norm = self._engines.policy.step(learning_rate=rate)
         if not math.isfinite(grad_norm):
-            raise RunError(f"step {step}: the gradient's norm is {grad_norm}; lower train.learning_rate")
+            # DeepSpeed knows it from the norm that it clips by, and leaves the weights alone.
+            self._stop_at(step, "the gradient's norm is not finite, with a finite loss,", indices)
         clock.lap("seconds/update")
         seconds = clock.total()
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
@@ -246,8 +258,7 @@ class Trainer:
         Raises:
             RunError: the reference has moved.
         """
-        if self._engines.reference is not None:
-            self._engines.reference.check()
+        self._check_reference()
         if self._evaluation is None:
             return {}
         plan = plan_evaluation(
@@ -267,6 +278,32 @@ class Trainer:
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return step == self.schedule.steps or (every is not None and step % every == 0)
+
+    def _check_reference(self) -> None:
+        if self._engines.reference is not None:
+            self._engines.reference.check()
+
+    def _watch(self) -> Watchdog:
+        bounds, loss = self._config.watchdogs, self._config.loss
+        return Watchdog(
+            not_moving_steps=bounds.not_moving_steps,
+            chosen_drop=bounds.chosen_drop,
+            beta=loss.beta,
+            reduction=loss.reduction or LOSSES[loss.type].reduction,
+        )
+
+    def _heed_watchdog(self, step: int, metrics: dict[str, float]) -> None:
+        finding = self._watchdog.look(step, metrics) if self._watchdog else None
+        if finding is None:
+            return
+        if self._config.watchdogs.action == "stop":
+            raise RunError(f"{finding}; {self._last_checkpoint()}")
+        if self._world.rank == 0:
+            tqdm.write(f"warning: {finding}", file=sys.stderr)
+
+    def _last_checkpoint(self) -> str:
+        found, _ = complete_checkpoints(self._checkpoints.folder)
+        return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
 
     def _check_best(self, evaluation: dict[str, float]) -> None:
         name = self._config.checkpoint.keep_best
@@ -354,7 +391,7 @@ class Trainer:
         )
         return loss, logps
 
-    def _stop_at(self, step: int, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
+    def _stop_at_loss(self, step: int, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
         mine = [
             pair
             for micro_batch, values in zip(plan[self._world.rank], losses, strict=True)
@@ -362,8 +399,12 @@ class Trainer:
             if micro_batch.weight and not math.isfinite(value)
         ]
         bad = sorted(pair for pairs in self._world.gather(mine) for pair in pairs)
-        named = ", ".join([*map(self._train.where, bad[:4]), *["..."] * (len(bad) > 4)])
+        self._stop_at(step, "the loss is not finite", bad)
+
+    def _stop_at(self, step: int, what: str, pairs: Sequence[int] | NDArray[np.int64]) -> NoReturn:
+        """Ends the run before anything that is not finite reaches weights or a checkpoint."""
+        named = ", ".join([*(self._train.where(int(pair)) for pair in pairs[:8]), *["..."] * (len(pairs) > 8)])
         raise RunError(
-            f"step {step}: the loss is not finite for {len(bad)} pairs ({named}); the weights "
-            "are those before the step; lower train.learning_rate, or look at these pairs"
+            f"step {step}: {what} for {len(pairs)} pairs ({named}); the weights are those before the step, "
+            f"{self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"
         )

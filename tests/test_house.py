@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpo_ds"
 
 FLOORS = {
-    0: {"losses", "logps", "metrics", "learning_rate", "dropout", "throughput"},
+    0: {"losses", "logps", "metrics", "learning_rate", "dropout", "throughput", "watchdog"},
     1: {"dpo", "data"},
     2: {"models"},
     3: {"engine"},

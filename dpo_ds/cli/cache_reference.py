@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting", reques
 
     world = World.join(identity, meeting)
     inputs = world.broadcast(found)
+    world.allow(asdict(inputs.config.timeouts))
     with stoppable(request, world=world, folder=Path(inputs.config.output_dir)) as agreement:
         cached_reference(inputs, world=world, agreement=agreement, checks=True)
     world.leave()

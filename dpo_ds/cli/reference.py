@@ -78,6 +78,8 @@ def _complete(cached: CachedReference, inputs: Inputs, world: World, agreement: 
     for cache in cached.caches:
         cache.expect(Source(reference.fingerprint, packed))
     check_cached_scores(reference.score, cached, seed=config.train.seed, dtype=inputs.dtype, world=world)
+    world.enter("cache")
     for cache in cached.caches:
         cache.fill(reference, agreement)
+    world.enter("load")
     reference.free()

@@ -46,6 +46,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
     """
     world = World.join(identity, meeting)
     inputs: Inputs = world.broadcast(found)
+    world.allow(asdict(inputs.config.timeouts))
     folder = Path(inputs.config.output_dir)
     lock = _occupied(folder, world)
     with stoppable(request, world=world, folder=folder) as agreement:

@@ -205,7 +205,9 @@ def _one_line(given: Mapping[str, object]) -> Iterator[None]:
 
 
 def _mistyped(key: str, value: object) -> UserError:
-    return UserError(f"{key} must be {_expectation(_leaves()[key].hint)}, got {shown(value)}")
+    # The workers' variables may be secret.
+    got = f"a {type(value).__name__}" if key == "env" else shown(value)
+    return UserError(f"{key} must be {_expectation(_leaves()[key].hint)}, got {got}")
 
 
 def _expectation(hint: Any) -> str:

@@ -146,6 +146,27 @@ class TrackingConfig:
     log_every: int = _key(1, "steps between two logged ones")
 
 
+@dataclass(frozen=True)
+class WatchdogsConfig:
+    """What a run that goes wrong is told of, once each."""
+
+    action: Literal["warn", "stop"] = _key("warn", "whether a watchdog's finding is a line on stderr or the run's end")
+    not_moving_steps: int | None = _key(20, "more steps in a row whose rewards are exactly 0 are too many; null: never")
+    chosen_drop: float | None = _key(
+        1.0, "nats a token that the chosen responses may lose against the reference; null: any"
+    )
+
+
+@dataclass(frozen=True)
+class TimeoutsConfig:
+    """Seconds after which a rank that makes no progress ends, with a line that says where it stands."""
+
+    load_s: float = _key(3600.0, "reading the weights and building the engines")
+    cache_s: float = _key(1800.0, "one micro-batch of scoring for the cache")
+    train_s: float = _key(1800.0, "one micro-batch of training or evaluation")
+    save_s: float = _key(3600.0, "one checkpoint, or the export")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -158,6 +179,8 @@ class RunConfig:
     deepspeed: EnginesConfig = field(default_factory=EnginesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    watchdogs: WatchdogsConfig = field(default_factory=WatchdogsConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     adapter: dict[str, Any] | None = field(default=None, metadata={"help": "LoRA and its kin"})
     env: dict[str, str] = field(default_factory=dict, metadata={"help": "variables that the workers get"})
     output_dir: str = _required("folder of all that the run writes; relative to the working folder")
@@ -211,6 +234,7 @@ def check(config: RunConfig) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{key} must be finite, got {shown(value)}")
     data, loss, train, checkpoint = config.data, config.loss, config.train, config.checkpoint
+    watchdogs = config.watchdogs
     rules = (
         ("data.max_length", data.max_length >= 2, ">= 2"),
         ("data.max_dropped", 0 <= data.max_dropped <= 1, ">= 0 and <= 1"),
@@ -251,6 +275,13 @@ def check(config: RunConfig) -> None:
         ),
         ("checkpoint.resume", bool(checkpoint.resume.strip()), "auto, never, or the path of a checkpoint"),
         ("tracking.log_every", config.tracking.log_every >= 1, ">= 1"),
+        (
+            "watchdogs.not_moving_steps",
+            watchdogs.not_moving_steps is None or watchdogs.not_moving_steps >= 1,
+            ">= 1 or null",
+        ),
+        ("watchdogs.chosen_drop", watchdogs.chosen_drop is None or watchdogs.chosen_drop > 0, "> 0 or null"),
+        *((key, values[key] > 0, "> 0") for key in values if key.startswith("timeouts.")),
         ("output_dir", bool(config.output_dir.strip()), "the name of a folder"),
     )
     for key, holds, expectation in rules:

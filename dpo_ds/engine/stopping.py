@@ -1,7 +1,7 @@
 """The ranks agree on stopping: one that was asked stops all, at the same point, and they leave together."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,13 +21,21 @@ class Agreement:
     The ranks compare in the background, on the CPU, while they work: neither the device nor its collectives wait.
     """
 
-    def __init__(self, request: StopRequest, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+    def __init__(
+        self,
+        request: StopRequest,
+        *,
+        timeout: timedelta = timedelta(minutes=10),
+        progressed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes a group of its own for the comparisons.
 
         Args:
             request: what this process was asked.
             timeout: how far one rank may be behind another.
+            progressed: called at every question, which is a micro-batch's progress.
         """
+        self._progressed = progressed
         self._request = request
         self._timeout = timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout)
@@ -44,6 +52,7 @@ class Agreement:
             RunError: another rank is gone, or too far behind.
         """
         self.settle()
+        self._progressed()
         if self._agreed is None:
             flag = torch.tensor(self._request.reason or 0)
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -85,7 +94,7 @@ def stoppable(request: StopRequest, *, world: World, folder: Path) -> Iterator[A
         Stopped: the block has stopped.
     """
     with request:
-        agreement = Agreement(request)
+        agreement = Agreement(request, progressed=world.progressed)
         if world.rank == 0:
             unmark(folder)
         try:

@@ -3,8 +3,8 @@
 import ctypes
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpo_ds.engine.extensions import expose_ninja
 from dpo_ds.engine.meeting import Meeting
+from dpo_ds.engine.patience import Patience, Phase
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.identity import Identity
 
@@ -23,23 +24,21 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of the run. Every method is collective, but those about memory and ``synchronize``."""
+    """All ranks of the run. Every method is collective, but those about memory, patience and ``synchronize``."""
 
-    def __init__(self, identity: Identity, device: torch.device) -> None:
+    def __init__(self, identity: Identity, device: torch.device, patience: Patience) -> None:
         self.rank = identity.rank
         self.size = identity.size
         self.device = device
+        self._patience = patience
 
     @classmethod
-    def join(
-        cls, identity: Identity, meeting: Meeting, *, collective_timeout: timedelta = timedelta(minutes=10)
-    ) -> "World":
-        """Joins the process group, waiting for all ranks.
+    def join(cls, identity: Identity, meeting: Meeting) -> "World":
+        """Joins the process group, waiting for all ranks. From here on, a rank that stands still for too long ends.
 
         Args:
             identity: who this process is.
             meeting: where the ranks have met.
-            collective_timeout: after this long in one collective a rank gives up.
         """
         expose_ninja()
         # Two libraries' words about each other, on every rank, in the middle of the progress bar.
@@ -57,21 +56,40 @@ class World:
             ("LOCAL_RANK", identity.local_rank),
         ):
             os.environ.setdefault(name, str(value))  # DeepSpeed reads them where no launcher has set them
+        patience = Patience(identity.rank)
+        patience.start()
         dist.init_process_group(
             accelerator.communication_backend_name(),
             store=meeting.store,
             rank=identity.rank,
             world_size=identity.size,
-            timeout=collective_timeout,
+            timeout=patience.collective_timeout,
         )
-        deepspeed.init_distributed(verbose=False, timeout=collective_timeout)
-        world = cls(identity, torch.device(accelerator.current_device_name()))
+        deepspeed.init_distributed(verbose=False, timeout=patience.collective_timeout)
+        world = cls(identity, torch.device(accelerator.current_device_name()), patience)
         world._unlink_collective_buffers()
         return world
 
     def leave(self) -> None:
         """Leaves the process group. After a failure it must not be called: it may wait for ranks that are gone."""
         dist.destroy_process_group()
+        self._patience.stop()
+
+    def allow(self, limits_s: Mapping[str, float]) -> None:
+        """Sets how long this rank may stand still before it ends with a line that says so.
+
+        Args:
+            limits_s: seconds, by the names ``load_s``, ``cache_s``, ``train_s`` and ``save_s``.
+        """
+        self._patience.allow(limits_s)
+
+    def enter(self, phase: Phase) -> None:
+        """Begins a phase, the first being ``load``."""
+        self._patience.enter(phase)
+
+    def progressed(self) -> None:
+        """Says that this rank does not stand still: at least once in what its phase allows."""
+        self._patience.progressed()
 
     def trim_memory(self) -> None:
         """Hands memory that was freed back to the system, where this process keeps it: after loading, not in steps."""

@@ -4,6 +4,7 @@ No rank may enter: whoever wants the weights sharded opens that context around t
 """
 
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise UserError(f"the weights of {path} cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         title, _, mismatch = str(error).partition(":\n")

@@ -1,4 +1,4 @@
-"""Who a rank is, from the variables that Slurm 22.05, Open MPI 4.1, MPICH 4, torchrun and DeepSpeed were seen to set."""
+"""Who a rank is, from the variables that Slurm, Open MPI, MPICH, torchrun and DeepSpeed were seen to set."""
 
 import pytest
 
