@@ -10,6 +10,7 @@ from dpo_ds.errors import UserError
 
 COMMANDS = {
     "inspect": "say what a run's data holds: rows, lengths, doubles, tokens; --json prints one object",
+    "launch": "start a run on this machine or over ssh, or submit it to slurm or kubernetes; --help lists its options",
     "plan": "check a run, print what it would do, and leave nothing behind",
     "prepare": "check a run and tokenize its data, so that no rank waits for it later",
 }
@@ -46,6 +47,10 @@ def _run(command: str, argv: Sequence[str]) -> None:
 
         inspect([argument for argument in argv if argument != "--json"], as_json="--json" in argv)
         return
+    if command == "launch":
+        from dpo_ds.cli.launch import launch
+
+        sys.exit(launch(argv))
     run = parse_run(argv)._replace(dry_run=command == "plan")
     os.environ.update(run.config.env)
     # Only now, so that --help and a mistyped key are answered at once.

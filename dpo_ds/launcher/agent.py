@@ -6,24 +6,21 @@ a pod's command, or by hand. It exits with the code of the first rank that faile
 
 import argparse
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.guard import STARTED_BY_AGENT
 from dpo_ds.launcher.identity import first_slurm_node, port_of_job
-from dpo_ds.launcher.marker import STOPPED_CODE
+from dpo_ds.launcher.network import interface_to
+from dpo_ds.launcher.together import Together
 
-_POLL_S = 0.1
 _FAILED_GRACE_S = 20.0  # longer than a rank needs to find its peer gone and to say so
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _SHOWN_LINES = 40
 
 
@@ -66,21 +63,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; None takes the process's.
     """
-    args = _arguments(argv)
     try:
-        node = node_from(
-            os.environ,
-            ranks=args.ranks,
-            nodes=args.nodes,
-            node_rank=args.node_rank,
-            address=args.master_addr,
-            port=args.master_port,
-        )
-        code = Agent(args.command, node, logs=args.logs, grace_s=args.grace).run()
+        code = agent_of(argv).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     sys.exit(code)
+
+
+def agent_of(argv: Sequence[str] | None) -> "Agent":
+    """Returns the agent that a command line asks for.
+
+    Args:
+        argv: the arguments; None takes the process's.
+
+    Raises:
+        UserError: this node's place is not known.
+    """
+    args = _arguments(argv)
+    node = node_from(
+        os.environ,
+        ranks=args.ranks,
+        nodes=args.nodes,
+        node_rank=args.node_rank,
+        address=args.master_addr,
+        port=args.master_port,
+    )
+    return Agent(args.command, node, logs=args.logs, grace_s=args.grace)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -165,7 +174,7 @@ def _devices() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
 
 
-class Agent:
+class Agent(Together):
     """The processes of one node's ranks."""
 
     def __init__(self, command: Sequence[str], node: Node, *, logs: Path | None = None, grace_s: float = 600.0) -> None:
@@ -177,92 +186,41 @@ class Agent:
             logs: folder for the output of all ranks but the first of the node, which speaks here.
             grace_s: seconds from a signal to the end of ranks that are still there.
         """
+        super().__init__(grace_s=grace_s, failed_grace_s=_FAILED_GRACE_S)
         if node.port == 0 and node.count == 1:
-            node = Node(node.rank, node.count, node.ranks, node.address, _free_port())
-        self._command, self._node, self._logs, self._grace_s = [sys.executable, "-u", *command], node, logs, grace_s
-        self._ranks: list[subprocess.Popen[bytes]] = []
-        self._taken: list[int] = []
+            node = replace(node, port=_free_port())
+        self._command, self._node, self._logs = [sys.executable, "-u", *command], node, logs
 
-    def run(self) -> int:
-        """Runs the ranks to their end.
+    def _start(self) -> None:
+        # gloo would take the interface that this machine's own name leads to, which often is the loopback.
+        interface = interface_to(self._node.address) if self._node.count > 1 else None
+        inherited = ({"GLOO_SOCKET_IFNAME": interface} if interface else {}) | os.environ | {STARTED_BY_AGENT: "1"}
+        for local_rank in range(self._node.ranks):
+            environment = inherited | self._node.environment_of(local_rank)
+            with ExitStack() as stack:
+                log = None
+                if path := self._log_of(local_rank):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    log = stack.enter_context(path.open("ab"))
+                self._processes.append(
+                    subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                )
 
-        Returns:
-            0 when all were done, else the code of the first that failed, 128 and its number where it was a signal.
-        """
-        former = {number: signal.signal(number, self._take) for number in _SIGNALS}
-        try:
-            for local_rank in range(self._node.ranks):
-                self._start(local_rank)
-            return self._watch()
-        finally:
-            for rank in self._ranks:
-                if rank.poll() is None:
-                    rank.kill()
-            for number, handler in former.items():
-                signal.signal(number, handler)
+    def _pass_on(self, process: "subprocess.Popen[bytes]", number: int) -> None:
+        process.send_signal(number)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self._taken.append(number)
-
-    def _start(self, local_rank: int) -> None:
-        environment = {**os.environ, **self._node.environment_of(local_rank), STARTED_BY_AGENT: "1"}
-        path = self._log_of(local_rank)
-        if path is None:
-            self._ranks.append(subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL))
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
-            self._ranks.append(
-                subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            )
+    def _tell(self, place: int, code: int) -> None:
+        path = self._log_of(place)
+        if path is not None:
+            last = path.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+            print("\n".join(last), file=sys.stderr)
+        rank, host = self._node.environment_of(place)["RANK"], socket.gethostname()
+        print(f"rank {rank} on {host} has ended with code {code}", file=sys.stderr, flush=True)
 
     def _log_of(self, local_rank: int) -> Path | None:
         if self._logs is None or local_rank == 0:
             return None
         return self._logs / f"rank-{self._node.environment_of(local_rank)['RANK']}.log"
-
-    def _watch(self) -> int:
-        code, deadline = 0, None
-        while any(rank.poll() is None for rank in self._ranks):
-            while self._taken:
-                self._send(self._taken.pop(0))
-                deadline = deadline or time.monotonic() + self._grace_s
-            if code == 0:
-                code = self._first_failure()
-                if code not in (0, STOPPED_CODE):
-                    # TERM makes a rank save, which it cannot do alone; one that waits for the failed one is ended.
-                    self._send(signal.SIGTERM)
-                    deadline = time.monotonic() + _FAILED_GRACE_S
-                elif code:
-                    deadline = deadline or time.monotonic() + self._grace_s
-            if deadline is not None and time.monotonic() > deadline:
-                self._send(signal.SIGKILL)
-                deadline = None
-            time.sleep(_POLL_S)
-        return code or self._first_failure()
-
-    def _send(self, number: int) -> None:
-        for rank in self._ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
-
-    def _first_failure(self) -> int:
-        for local_rank, rank in enumerate(self._ranks):
-            ended = rank.poll()
-            if ended:
-                code = ended if ended > 0 else 128 - ended
-                if code != STOPPED_CODE:
-                    self._tell(local_rank, code)
-                return code
-        return 0
-
-    def _tell(self, local_rank: int, code: int) -> None:
-        path = self._log_of(local_rank)
-        if path is not None:
-            last = path.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
-            print("\n".join(last), file=sys.stderr)
-        rank, host = self._node.environment_of(local_rank)["RANK"], socket.gethostname()
-        print(f"rank {rank} on {host} has ended with code {code}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

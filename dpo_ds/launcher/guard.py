@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = {
     *("deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
-    "dpo_ds.launcher.agent",
+    *("dpo_ds.launcher.agent", "dpo_ds.launcher.remote"),
 }
 
 

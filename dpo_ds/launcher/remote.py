@@ -1,0 +1,77 @@
+"""The far end of ``launcher/ssh.py``: runs the node agent as standard input says, and ends it when that falls silent.
+
+The first line is a JSON object; what follows are numbers of signals to pass on, and zeros that only mean: still there.
+"""
+
+import io
+import json
+import os
+import select
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+
+from dpo_ds.errors import UserError
+from dpo_ds.launcher.agent import Agent, agent_of
+
+HEARTBEAT_S = 5.0
+_SILENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class NodeJob:
+    """What one node is to run.
+
+    Attributes:
+        folder: to work in.
+        environment: variables that the ranks get beside those of this node.
+        arguments: of the node agent.
+    """
+
+    folder: str
+    environment: dict[str, str]
+    arguments: list[str]
+
+    def line(self) -> bytes:
+        """Returns it as the line that ``main`` reads."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+def main() -> None:
+    """Runs a node's ranks to their end, and exits with their code."""
+    told = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what comes after the line is read elsewhere
+    try:
+        job = NodeJob(**json.loads(told.readline()))
+        os.environ.update(job.environment)
+        try:
+            os.chdir(job.folder)
+        except OSError as error:
+            raise UserError(
+                f"the working folder is not there on {os.uname().nodename} ({error}); start the job in a folder that "
+                "all nodes share"
+            ) from error
+        agent = agent_of(job.arguments)
+        threading.Thread(target=_obey, args=(agent,), name="orders", daemon=True).start()
+        code = agent.run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    sys.exit(code)
+
+
+def _obey(agent: Agent) -> None:
+    orders = sys.stdin.fileno()
+    while select.select([orders], [], [], _SILENCE_S)[0]:
+        told = os.read(orders, 4096)
+        if not told:
+            break
+        for number in map(int, told.split()):
+            if number:
+                agent.ask(number)
+    # Whoever started the job is gone, or the network between us.
+    agent.ask(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
