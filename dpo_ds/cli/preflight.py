@@ -31,7 +31,7 @@ from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
-from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
+from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE, versions
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,6 +74,17 @@ class Inputs:
     def dtype(self) -> torch.dtype:
         """Of both models' weights."""
         return _DTYPES[self.config.model.dtype]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all nodes, by names that a person understands."""
+        engines = {"policy": self.policy_config, "reference": self.reference_config}
+        return (
+            {f"the version of {name}": str(version) for name, version in versions().items()}
+            | {key: json.dumps(value) for key, value in self.origin.items()}
+            | {f"deepspeed.{name}": json.dumps(config, default=str) for name, config in engines.items()}
+            | {"output_dir": self.config.output_dir}
+        )
 
     @property
     def layout(self) -> Literal["auto", "packed", "padded"]:

@@ -1,7 +1,9 @@
 """Composes the rooms of one training run, once, on every rank."""
 
 import resource
+import socket
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +31,9 @@ from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
 
+_CLOCKS_S = 30.0
+"""By how much the nodes' clocks may differ before it is worth a warning."""
+
 
 def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: StopRequest) -> None:
     """Builds the engines, goes on where a checkpoint was saved, trains, exports and sums up; collective.
@@ -47,6 +52,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
     world = World.join(identity, meeting)
     inputs: Inputs = world.broadcast(found)
     world.allow(asdict(inputs.config.timeouts))
+    _introduce(world)
     folder = Path(inputs.config.output_dir)
     lock = _occupied(folder, world)
     with stoppable(request, world=world, folder=folder) as agreement:
@@ -55,6 +61,23 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
     world.leave()
+
+
+def _introduce(world: World) -> None:
+    """Says which ranks are where, and whether their clocks differ."""
+    world.barrier()
+    told = world.gather((socket.gethostname(), time.time()))
+    ranks_of: dict[str, list[int]] = {}
+    for rank, (host, _) in enumerate(told):
+        ranks_of.setdefault(host, []).append(rank)
+    if world.rank != 0 or len(ranks_of) == 1:
+        return
+    print(
+        "ranks: " + ", ".join(f"{min(ranks)} to {max(ranks)} on {host}" for host, ranks in ranks_of.items()), flush=True
+    )
+    (behind, early), (ahead, late) = min(told, key=lambda one: one[1]), max(told, key=lambda one: one[1])
+    if late - early > _CLOCKS_S:
+        print(f"warning: the clock of {ahead} is {late - early:.0f} s ahead of that of {behind}", flush=True)
 
 
 def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:

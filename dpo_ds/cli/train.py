@@ -72,7 +72,7 @@ def start(argv: Sequence[str], work: "Callable[[Inputs | None, Identity, Meeting
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:
                 inputs = preflight(run, ranks=identity.size)
-                meeting.vouch()
+                meeting.vouch(inputs.facts)
             meeting.wait()
         if inputs is not None and identity.rank == 0:
             print(inputs.plan, flush=True)

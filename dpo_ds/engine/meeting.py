@@ -1,13 +1,16 @@
-"""Where the ranks find one another before there is a process group, and wait until every node's checks have passed."""
+"""Where ranks meet before there is a process group: they compare their nodes, and wait for every node's checks."""
 
+import json
 import os
+import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dpo_ds.errors import PeerError
+from dpo_ds.errors import PeerError, UserError
 from dpo_ds.launcher.identity import Identity, name_meeting_place
 
 _WAIT = timedelta(hours=24)  # one rank of a node may tokenize for hours
@@ -62,10 +65,40 @@ class Meeting:
                 break
             time.sleep(_POLL_S)
 
-    def vouch(self) -> None:
-        """Says that this node's checks have passed."""
+    def vouch(self, facts: Mapping[str, str]) -> None:
+        """Says that this node's checks have passed.
+
+        Args:
+            facts: what must be the same on all nodes, by names that a person understands.
+
+        Raises:
+            UserError: a fact is another one on node 0.
+            PeerError: node 0 has refused, which has said why.
+        """
+        if self._identity.rank == 0:
+            self.store.set("facts", json.dumps({"host": socket.gethostname(), **facts}))
+        else:
+            self._compare(facts)
         self._may_refuse = False
         self.store.add("vouched", self._identity.local_size)
+
+    def _compare(self, facts: Mapping[str, str]) -> None:
+        try:
+            while not self.store.check(["facts"]):
+                if self.store.check(["refused"]):
+                    self._may_refuse = False
+                    self.store.add("heard", 1)
+                    raise PeerError
+                time.sleep(_POLL_S)
+            expected = json.loads(self.store.get("facts"))
+        except RuntimeError as error:
+            raise PeerError from error
+        for name, value in facts.items():
+            if value != expected.get(name):
+                raise UserError(
+                    f"{name} is {value} on {socket.gethostname()}, but {expected.get(name)} on {expected['host']}, the "
+                    "first node; all nodes need the same"
+                )
 
     def wait(self) -> None:
         """Waits until every node has vouched.

@@ -20,7 +20,9 @@ import torch.distributed.distributed_c10d as c10d
 
 from dpo_ds.config.schema import TimeoutsConfig
 
-Phase = Literal["load", "cache", "train", "save"]
+Phase = Literal["join", "load", "cache", "train", "save"]
+
+_JOIN_S = 300.0
 
 _MARGIN_S = 60.0
 """By how much a collective is more patient than this clock, which has the clearer words."""
@@ -32,7 +34,7 @@ class Patience:
     """Ends this process when it makes no progress for longer than its phase allows."""
 
     def __init__(self, rank: int, *, poll_s: float = 1.0) -> None:
-        """Starts in phase ``load`` with the default limits; nothing is watched before ``start``.
+        """Starts in phase ``join`` with the default limits; nothing is watched before ``start``.
 
         Args:
             rank: for the message.
@@ -41,7 +43,7 @@ class Patience:
         self._rank = rank
         self._poll_s = poll_s
         self._limits_s: Mapping[str, float] = asdict(TimeoutsConfig())
-        self._phase: Phase = "load"
+        self._phase: Phase = "join"
         self._still_s = 0.0
         self._over = threading.Event()
 
@@ -52,7 +54,8 @@ class Patience:
 
     @property
     def _limit_s(self) -> float:
-        return self._limits_s[f"{self._phase}_s"]
+        # Until then the run file is not known on every rank.
+        return _JOIN_S if self._phase == "join" else self._limits_s[f"{self._phase}_s"]
 
     def start(self) -> None:
         """Starts the clock, in a thread of its own."""
@@ -93,15 +96,20 @@ class Patience:
             self._still_s += min(now - before, 2 * self._poll_s)
             before = now
             if self._still_s > self._limit_s:
-                print(
-                    f"error: rank {self._rank} has made no progress in phase {self._phase} for {self._limit_s:g} s "
-                    f"(timeouts.{self._phase}_s) and stands in {_place()}; a rank that stands elsewhere than the "
-                    "others is the one that hangs",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"error: rank {self._rank} {self._complaint()}", file=sys.stderr, flush=True)
                 # Nothing that runs at exit may wait for the other ranks.
                 os._exit(1)
+
+    def _complaint(self) -> str:
+        if self._phase == "join":
+            return (
+                f"has waited for the other ranks' first word for {_JOIN_S:g} s; look at what they say, and whether "
+                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between the nodes"
+            )
+        return (
+            f"has made no progress in phase {self._phase} for {self._limit_s:g} s (timeouts.{self._phase}_s) and "
+            f"stands in {_place()}; a rank that stands elsewhere than the others is the one that hangs"
+        )
 
 
 def _place() -> str:

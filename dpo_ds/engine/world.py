@@ -67,7 +67,10 @@ class World:
         )
         deepspeed.init_distributed(verbose=False, timeout=patience.collective_timeout)
         world = cls(identity, torch.device(accelerator.current_device_name()), patience)
+        # Tries the device's own network out, in a time of its own.
+        world.sum(torch.ones(1, device=world.device))
         world._unlink_collective_buffers()
+        world.enter("load")
         return world
 
     def leave(self) -> None:

@@ -95,6 +95,8 @@ class Nodes:
                 ["unshare", *own, *within], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self.plug(number, "up")
+        # The other one may have learnt that nobody answers.
+        _call("ip", "-n", self._spaces[1 - number], "neighbour", "flush", "dev", "v0")
         deadline = time.monotonic() + 10
         while self._first_process(number) is None:
             assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,9 +39,18 @@ def submit(slurm: Slurm, config: Path, *overrides: str) -> str:
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{slurm.environment['PATH']}",
     }
-    log = f"--output={config.parent}/%j.out"
-    job = ["--nodes=2", log, "--signal=USR1@60", "launch/slurm.sbatch", str(config), *overrides]
-    return slurm.submit(*job, cwd=REPOSITORY, env=environment)
+    options = ["--nodes", "2", *(f"--option={option}" for option in ("--parsable", f"--output={config.parent}/%j.out"))]
+    command = [sys.executable, "-m", "dpo_ds", "launch", "--on", "slurm", *options, "--option=--signal=USR1@60"]
+    done = subprocess.run(
+        [*command, "--config", str(config), *overrides],
+        cwd=REPOSITORY,
+        env=slurm.environment | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def wait_for(is_so: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -86,7 +96,12 @@ def test_a_cancelled_job_leaves_no_process_and_is_not_requeued(slurm, run: Run):
 def test_a_mistake_in_the_run_file_is_the_jobs_exit_code(slurm, run: Run):
     finished, out = run(1, rows=rows_of_words(4), train={"max_steps": 1})
     finished.expect_success()
-    job = submit(slurm, out.parent / "run.yaml", "--loss.beta", "-1")
+    # Not by the launch command, which would find it before Slurm does.
+    log, config = f"--output={out.parent}/%j.out", str(out.parent / "run.yaml")
+    environment = {"MASTER_ADDR": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"}
+    job = slurm.submit(
+        "--nodes=2", log, "launch/slurm.sbatch", config, "--loss.beta", "-1", cwd=REPOSITORY, env=environment
+    )
     about = slurm.wait(job, "FAILED", "COMPLETED")
     assert (about["JobState"], about["ExitCode"]) == ("FAILED", "2:0")
     assert "error: loss.beta" in (out.parent / f"{job}.out").read_text()

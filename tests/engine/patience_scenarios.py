@@ -65,7 +65,7 @@ if __name__ == "__main__":
     identity = Identity.from_environment()
     with Meeting(identity) as meeting:
         if identity.speaks_for_node:
-            meeting.vouch()
+            meeting.vouch({})
         meeting.wait()
     ranks = World.join(identity, meeting)
     *scenarios, path = sys.argv[1:]

@@ -22,7 +22,7 @@ try:
         if identity.speaks_for_node:
             if sys.argv[1] == str(identity.rank):
                 raise UserError("the disk is full")
-            meeting.vouch()
+            meeting.vouch({"torch": sys.argv[2 + identity.rank // 2]})
         meeting.wait()
         meeting.store.add("gone on", 1)
         while identity.rank == 0 and meeting.store.add("gone on", 0) < identity.size:
@@ -34,15 +34,15 @@ except UserError as error:
 """
 
 
-def meet(refusing: str) -> tuple[list[int], list[str]]:
-    """Four ranks on two nodes; the speaker with that rank refuses."""
+def meet(refusing: str, *, versions: tuple[str, str] = ("2.13", "2.13")) -> tuple[list[int], list[str]]:
+    """Four ranks on two nodes; the speaker with that rank refuses, and each node has its version of torch."""
     with closing(socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     places = [(rank, rank % 2) for rank in range(4)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, refusing],
+            [sys.executable, "-c", RANK, refusing, *versions],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -68,3 +68,11 @@ def test_one_nodes_mistake_ends_all_nodes_and_is_said_once(refusing):
 
 def test_nodes_that_pass_go_on_together():
     assert meet("none")[0] == [0, 0, 0, 0]
+
+
+def test_a_node_with_another_version_names_it_and_ends_all():
+    codes, said = meet("none", versions=("2.13", "2.12"))
+    assert [codes[rank] for rank in (0, 1, 3)] == [2, 2, 2]
+    host = os.uname().nodename
+    assert said[2] == f"error: torch is 2.12 on {host}, but 2.13 on {host}, the first node; all nodes need the same\n"
+    assert not any(said[rank] for rank in (0, 1, 3))
