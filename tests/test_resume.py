@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ds.cli.preflight import Inputs, preflight
@@ -33,7 +35,7 @@ STEPS = 12
 SETTINGS: dict[str, Any] = {
     "data": {"train": "pairs.jsonl", "eval": "held_out.jsonl", "max_length": 100},
     "train": {
-        **{"pairs_per_step": 4, "tokens_per_micro_batch": 200, "learning_rate": 1e-3, "warmup_ratio": 0.5},
+        **{"pairs_per_step": 4, "tokens_per_micro_batch": 200, "learning_rate": 2e-4, "warmup_ratio": 0.5},
         **{"epochs": 3, "eval_every": 3, "seed": 5},
     },
     "deepspeed": {"policy": "zero.json", "reference": "zero.json"},
@@ -221,9 +223,32 @@ def test_what_only_rounds_may_change(again):
     assert look(again, "--train.tokens_per_micro_batch", "300", "--train.layout", "padded").checkpoints
 
 
-def test_another_number_of_ranks_is_refused(again):
-    with pytest.raises(UserError, match="was saved by 2 ranks, but 3 start now"):
-        look(again, ranks=3)
+SPLITS = {"2 -> 1": (1,), "2 -> 3 -> 2": (3, 2)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_another_number_of_ranks_goes_on(undisturbed, again, split):
+    for ranks, stop_after in zip(SPLITS[split], (8, 12)[-len(SPLITS[split]) :], strict=True):
+        command = [TRAIN, "--config", again / "run.yaml"]
+        if stop_after == 8:
+            finished = run_ranks(ranks, [DYING, *command], folder=again, env={"DYING": "step 3 0"})
+            assert -9 in finished.codes, finished.errors
+        else:
+            finished = run_ranks(ranks, command, folder=again).expect_success()
+        assert f"ranks and is spread over {ranks}" in finished.outputs[0]
+    assert_equal_to_rounding(record(again), record(undisturbed), 1e-5)
+    weights = [load_file(folder / "out/export/model.safetensors") for folder in (again, undisturbed)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=2e-5)
+
+
+def assert_equal_to_rounding(records: list[dict[str, Any]], expected: list[dict[str, Any]], bound: float) -> None:
+    """Compares two records of a run on other numbers of ranks, whose sums are taken in another order."""
+    assert [(line["step"], line["split"]) for line in records] == [(line["step"], line["split"]) for line in expected]
+    for line, other in zip(records, expected, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm"):
+            if name in other:
+                assert line[name] == pytest.approx(other[name], rel=bound, abs=bound), (line["step"], name)
 
 
 def test_a_run_is_begun_anew_only_where_nothing_is_lost(again):

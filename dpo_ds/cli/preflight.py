@@ -18,7 +18,6 @@ from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.checkpoint import (
     CHECKPOINTS_FOLDER,
     check_origin,
-    check_world_size,
     complete_checkpoints,
     problem_of,
     read_saved,
@@ -201,8 +200,6 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
     origin = _origin(config, train, evaluation)
     if checkpoints:
         check_origin(checkpoints[0], read_saved(checkpoints[0]).origin, origin, allowed=run.allow_changed)
-        if not run.dry_run:  # of which one process is enough
-            check_world_size(checkpoints[0], ranks=ranks)
     return Inputs(
         config=config,
         policy=policy,

@@ -31,7 +31,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _ASIDE = ".tmp"
-_FORMAT = 1
+_FORMAT = 2
 _PIECE_BYTES = 2**24
 _BYTES_PER_PARAMETER = 12
 """A master weight and Adam's two moments, in float32; the weights themselves follow from the masters."""
@@ -68,6 +68,7 @@ class Saved:
         progress: how far the run had come.
         origin: all that must be the same where the run goes on, by the run file's keys.
         weights: fingerprint of the policy's.
+        optimizer: fingerprint of its masters, moments and steps.
         world_size: ranks that saved it.
         versions: of the packages that made it.
         format: version of the files' layout.
@@ -76,6 +77,7 @@ class Saved:
     progress: Progress
     origin: dict[str, Any]
     weights: str
+    optimizer: str
     world_size: int
     versions: dict[str, str | None] = field(default_factory=dict)
     format: int = _FORMAT
@@ -142,20 +144,6 @@ def check_origin(
                 f"{key} is {shown(value)}, but {checkpoint} was made with {shown(saved.get(key))}; set it back, name "
                 f"another output_dir, or go on with the new value: --allow_changed {key}"
             )
-
-
-def check_world_size(checkpoint: Path, *, ranks: int) -> None:
-    """Compares the ranks that saved a checkpoint and those that start now.
-
-    Raises:
-        UserError: their numbers differ.
-    """
-    saved = read_saved(checkpoint).world_size
-    if saved != ranks:
-        raise UserError(
-            f"{checkpoint} was saved by {saved} ranks, but {ranks} start now, over which it cannot be spread; start "
-            f"{saved}, or name another output_dir to begin again"
-        )
 
 
 def surplus(steps: Collection[int], *, keep: int, keep_every: int | None, best: int | None) -> set[int]:
@@ -260,7 +248,7 @@ class Checkpoints:
             )
         target = self.folder / f"step-{progress.step:08d}"
         aside = target.with_name(target.name + _ASIDE)
-        weights = self._policy.fingerprint()
+        weights, optimizer = self._policy.fingerprint(), self._policy.optimizer_fingerprint()
         problem, files = None, dict[str, tuple[int, str]]()
         if self._world.rank == 0:
             try:
@@ -280,7 +268,7 @@ class Checkpoints:
         self._agree(problem and self._unwritable(problem), aside)
         everything = {name: entry for part in self._world.gather(files) for name, entry in part.items()}
         if self._world.rank == 0:
-            saved = Saved(progress, dict(self._origin), weights, self._world.size, dict(self._versions))
+            saved = Saved(progress, dict(self._origin), weights, optimizer, self._world.size, dict(self._versions))
             try:
                 problem = self._unseen({aside / name: size for name, (size, _) in everything.items()})
                 if problem is None:
@@ -306,19 +294,26 @@ class Checkpoints:
         """
         checkpoint = self._sound(candidates)
         saved = read_saved(checkpoint)
-        check_world_size(checkpoint, ranks=self._world.size)
         check_origin(checkpoint, saved.origin, self._origin, allowed=allowed)
-        problem = self._policy.load(checkpoint)
+        problem = self._policy.load(checkpoint, saved_ranks=saved.world_size)
         problems = [named for named in self._world.gather(problem) if named]
         if problems:
             raise RunError(f"{checkpoint} cannot be loaded: {problems[0]}")
-        found = self._policy.fingerprint()
-        if found != saved.weights:
-            raise RunError(
-                f"{checkpoint} was loaded, but the policy's weights are not those that were saved: fingerprint "
-                f"{found[:12]} in place of {saved.weights[:12]}; is the ds_config another one?"
+        for what, found, expected in (
+            ("weights", self._policy.fingerprint(), saved.weights),
+            ("masters, moments or steps", self._policy.optimizer_fingerprint(), saved.optimizer),
+        ):
+            if found != expected:
+                raise RunError(
+                    f"{checkpoint} was loaded, but the policy's {what} are not those that were saved: fingerprint "
+                    f"{found[:12]} in place of {expected[:12]}; is the ds_config another one?"
+                )
+        # A rank beyond those that saved draws what another one does: nothing is drawn once dropout is off.
+        _set_random_state(load_file(checkpoint / _random_file(self._world.rank % saved.world_size)))
+        if saved.world_size != self._world.size and self._world.rank == 0:
+            print(
+                f"{checkpoint} was saved by {saved.world_size} ranks and is spread over {self._world.size}", flush=True
             )
-        _set_random_state(load_file(checkpoint / _random_file(self._world.rank)))
         if checkpoint.parent.resolve() == self.folder.resolve():
             return saved.progress
         return replace(saved.progress, metrics_bytes=0, wandb_run_id=None)

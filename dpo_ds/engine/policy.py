@@ -1,5 +1,6 @@
 """The policy: the engine that trains."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
-from dpo_ds.engine.shards import ZeroParameter, fingerprint, register_modules
+from dpo_ds.engine.reshape import ReshapingReader
+from dpo_ds.engine.shards import Shard, ZeroParameter, fingerprint, fingerprint_of, register_modules
 from dpo_ds.engine.world import World
 from dpo_ds.errors import first_line
 from dpo_ds.models.scorer import Scorer
@@ -118,6 +121,23 @@ class PolicyEngine:
         """Returns the digest of the weights as they are now."""
         return fingerprint(self.model, self._world)
 
+    def optimizer_fingerprint(self) -> str:
+        """Returns the digest of masters, moments and steps: of every bit and its place, not of the number of ranks."""
+        steps = {int(state["step"]) for state in self.engine.basic_optimizer.state.values()}
+        sums = [fingerprint_of(self._optimizer_shards(name), self._world) for name in (None, "exp_avg", "exp_avg_sq")]
+        return hashlib.sha256(repr((sorted(steps), sums)).encode()).hexdigest()
+
+    def _optimizer_shards(self, name: str | None) -> Iterator[Shard]:
+        parameters: list[tuple[str, ZeroParameter]] = sorted(self.model.named_parameters())
+        for _, parameter in parameters:
+            values = (
+                safe_get_local_fp32_param(parameter)
+                if name is None
+                else safe_get_local_optimizer_state(parameter, name)
+            )
+            start = min(len(values) * self._world.rank, parameter.ds_numel)
+            yield Shard(values[: parameter.ds_numel - start], start, parameter.ds_numel)
+
     def save(self, folder: Path) -> str | None:
         """Writes this rank's part of the weights, of their masters and of Adam's states into a folder.
 
@@ -134,21 +154,43 @@ class PolicyEngine:
         self.engine.checkpoint_engine = writer.engine
         return writer.problem
 
-    def load(self, folder: Path) -> str | None:
-        """Reads what ``save`` wrote on as many ranks; code that the files may hold is not executed.
+    def load(self, folder: Path, *, saved_ranks: int) -> str | None:
+        """Reads what ``save`` wrote; code that the files may hold is not executed.
+
+        Args:
+            folder: the same.
+            saved_ranks: how many wrote there.
 
         Returns:
             Why this rank's files cannot be loaded, or None.
         """
         self.engine.empty_partition_cache()
         try:
-            with _reading_without_executing():
+            with _reading_without_executing(), self._reading_shards_of(saved_ranks, folder):
                 path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         except (LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
             return first_line(error)
         if isinstance(self.engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
             _count_steps_again(self.engine.basic_optimizer)
         return None if path else f"DeepSpeed finds nothing in {folder}"
+
+    @contextmanager
+    def _reading_shards_of(self, saved_ranks: int, folder: Path) -> Iterator[None]:
+        if saved_ranks == self._world.size:
+            yield
+            return
+        reader = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = ReshapingReader(
+            self.engine.optimizer, rank=self._world.rank, ranks=self._world.size, saved_ranks=saved_ranks
+        )
+        # It would look for this rank's file, of which there may be none.
+        names = [str(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")]
+        self.engine._get_all_ckpt_names = lambda folder, tag: names
+        try:
+            yield
+        finally:
+            self.engine.checkpoint_engine = reader
+            del self.engine._get_all_ckpt_names
 
 
 def _count_steps_again(optimizer: torch.optim.Optimizer) -> None:

@@ -4,11 +4,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import deepspeed
 import torch
@@ -31,14 +30,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One rank's part of one parameter.
+class Shard(NamedTuple):
+    """One rank's part of one tensor.
 
     Attributes:
-        values: ``(n,)``, a view of the live weights.
-        start: where the part begins in the flattened parameter.
-        whole: how many values the whole parameter has.
+        values: ``(n,)``, a view of the live values.
+        start: where the part begins in the flattened tensor.
+        whole: how many values the whole tensor has.
     """
 
     values: Tensor
@@ -212,10 +210,15 @@ def fingerprint(model: nn.Module, world: World) -> str:
     Each rank mixes each of its weights' bits with the weight's position and adds them up; sums of 64-bit integers wrap
     and commute, so they add over shards.
     """
-    sums = [_mixed_sum(shard_of(parameter)) for _, parameter in sorted(model.named_parameters())]
-    buffers = [_mixed_sum(_whole(buffer)) for _, buffer in sorted(stored_buffers(model).items())]
-    counted_once = [value if world.rank == 0 else torch.zeros_like(value) for value in buffers]
-    total = world.sum(torch.stack([value.to(world.device) for value in [*sums, *counted_once]]))
+    shards = [shard_of(parameter) for _, parameter in sorted(model.named_parameters())]
+    buffers = [_whole(buffer) for _, buffer in sorted(stored_buffers(model).items())]
+    counted_once = [buffer if world.rank == 0 else buffer._replace(values=buffer.values[:0]) for buffer in buffers]
+    return fingerprint_of([*shards, *counted_once], world)
+
+
+def fingerprint_of(shards: Iterable[Shard], world: World) -> str:
+    """Returns the digest of tensors of which each rank has a part, the ranks' parts being disjoint."""
+    total = world.sum(torch.stack([_mixed_sum(shard).to(world.device) for shard in shards]))
     return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()
 
 

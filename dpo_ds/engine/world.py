@@ -87,7 +87,7 @@ class World:
         self._patience.allow(limits_s)
 
     def enter(self, phase: Phase) -> None:
-        """Begins a phase, the first being ``load``."""
+        """Begins a phase, the first behind ``join`` being ``load``."""
         self._patience.enter(phase)
 
     def progressed(self) -> None:
