@@ -4,9 +4,11 @@ The last place that sees a column's name: whatever shape a row has, a prompt and
 length and no order may enter.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal, TypeGuard
 
@@ -21,15 +23,22 @@ DropReason = Literal[
     "not text",
     "prompts differ",
     "tie",
+    "tools not understood",
+    "tools ignored",
     "refused by the chat template",
     "too long",
 ]
-"""Why a row cannot be used. The last two are found when it is tokenized, the first where it has no token."""
+"""Why a row cannot be used. The last three are found when it is tokenized, the first where it has no token.
+
+Tools are ignored by a chat template that writes the same without them, and by a plain prompt, which meets no template.
+"""
 
 Columns = Mapping[str, str | list[str]]
 """Our names of a row's columns, and the row's own."""
 
-_COLUMNS = ("prompt", "chosen", "rejected", "output_1", "output_2", "label", "answers")
+_COLUMNS = ("prompt", "chosen", "rejected", "output_1", "output_2", "label", "answers", "tools")
+_ONLY_IF_NAMED = ("tools",)
+"""Columns that change what a pair says although rows without them are whole: the run file has to ask for them."""
 _PAIR = ("chosen", "rejected")
 _LABELLED = ("prompt", "output_1", "output_2", "label")
 _RANKED = ("prompt", "answers")
@@ -49,6 +58,8 @@ _VOTES = {"1": 1, "a": 1, "model_a": 1, "output_1": 1, "2": 2, "b": 2, "model_b"
 _ANSWER_KEYS = ("answer", "response", "completion", "text")
 _GOODNESS = {"rank": -1, "score": 1, "overall_score": 1}
 """Keys that order answers, with the sign that makes more of it better."""
+_DETAILS = ("tool_calls", "tool_call_id", "name")
+"""What chat templates are told of a turn beside its role and content."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -57,12 +68,14 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: ``user``, ``assistant``, ``system`` or whatever else the chat template knows.
+        role: ``user``, ``assistant``, ``system``, ``tool`` or whatever else the chat template knows.
         content: its text.
+        details: ``tool_calls``, ``tool_call_id`` and ``name``, those that it has, as a JSON object; empty for none.
     """
 
     role: str
     content: str
+    details: str = ""
 
 
 Text = str | tuple[Message, ...]
@@ -76,11 +89,13 @@ class Preference:
         prompt: plain text, or the turns before the response.
         chosen: plain text, or the assistant's one message.
         rejected: the same kind as ``chosen``.
+        tools: what the assistant may call, as a JSON list; empty for nothing.
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,8 @@ class Source:
             ``.gz`` or ``.zst`` behind, a glob or a folder of them, or a hub id.
         split: the part of a folder or hub data set; a single file has only ``train``.
         columns: what this source calls ``prompt``, ``chosen``, ``rejected``, ``output_1``, ``output_2``, ``label`` and
-            ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns.
+            ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns. ``tools`` is
+            read only where it is named here.
         weight: the source's share among several; None or 1.
 
     Raises:
@@ -125,6 +141,10 @@ def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str)
     * ``prompt`` and ``answers``: a list, best first unless each has a ``rank`` (1 is best) or a ``score``. Every answer
       is paired with every worse one (Ouyang et al. 2022, section 3.5, arXiv:2203.02155); equal ones are ties.
 
+    Any of them may have ``tools``, a list or its JSON, for the chat template. Tool calls belong to their message, as
+    ``tool_calls`` or as a turn from ``function_call``; arguments that are the JSON of an object become that object,
+    which is what templates expect.
+
     Args:
         row: cells by column.
         columns: the row's own names of our columns, where they differ. Texts of several prompt columns are joined by
@@ -135,6 +155,16 @@ def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str)
         UserError: a column is missing, or the row is unpaired data.
     """
     cells = _cells(row, columns, where)
+    tools = _tools(cells.get("tools"))
+    if tools is None:
+        return ["tools not understood"]
+    found = _pairs_of(row, cells, columns, where)
+    return [replace(pair, tools=tools) if isinstance(pair, Preference) else pair for pair in found]
+
+
+def _pairs_of(
+    row: Mapping[str, object], cells: Mapping[str, object], columns: Columns, where: str
+) -> Sequence[Preference | DropReason]:
     needed = _needed(cells, columns)
     if needed == _PAIR and "chosen" not in cells and "rejected" not in cells and _is_unpaired(row):
         raise UserError(
@@ -184,7 +214,7 @@ def _cells(row: Mapping[str, object], columns: Columns, where: str) -> dict[str,
                 raise _missing(name, row, {name: absent[0]}, where)
             values = [row[column] for column in named]
             cells[name] = _joined_by_an_empty_line(values) if name == "prompt" else values
-        elif named in row:
+        elif named in row and (name in columns or name not in _ONLY_IF_NAMED):
             cells[name] = row[named]
         elif name in columns:
             raise _missing(name, row, columns, where)
@@ -306,15 +336,58 @@ def _text(cell: object) -> Text | None:
 
 
 def _message(turn: object) -> Message | None:
-    # A turn that calls tools says more than its text, and would be falsified by keeping only that.
-    if not isinstance(turn, Mapping) or turn.get("tool_calls"):
+    if not isinstance(turn, Mapping):
         return None
     role, content = turn.get("role"), turn.get("content")
+    details = {name: turn[name] for name in _DETAILS if turn.get(name)}
     if role is None:  # ShareGPT
         role, content = _ROLES.get(str(turn.get("from"))), turn.get("value")
+        if turn.get("from") == "function_call":
+            role, content, details = "assistant", None, {"tool_calls": content}
+    if "tool_calls" in details:
+        details["tool_calls"] = _calls(details["tool_calls"])
+        if details["tool_calls"] is None:
+            return None
+        content = "" if content is None else content
     if isinstance(content, list):
         content = _joined(content)
-    return Message(role, content) if isinstance(role, str) and _is_text(content) else None
+    written = json.dumps(details, ensure_ascii=False, default=str) if details else ""
+    return (
+        Message(role, content, written) if isinstance(role, str) and _is_text(content) and _is_text(written) else None
+    )
+
+
+def _calls(calls: object) -> list[object] | None:
+    """Returns tool calls as chat templates expect them, ``{"function": {"name": ..., "arguments": {...}}}``."""
+    if isinstance(calls, str):
+        calls = _of_json(calls)
+    found: list[object] = []
+    for call in [calls] if isinstance(calls, Mapping) else calls if isinstance(calls, list) else []:
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            return None
+        arguments = function.get("arguments")
+        decoded = _of_json(arguments) if isinstance(arguments, str) else arguments
+        function = {**function, "arguments": decoded if isinstance(decoded, Mapping) else arguments}
+        found.append({"type": "function", **(call if "function" in call else {}), "function": function})
+    return found or None
+
+
+def _tools(cell: object) -> str | None:
+    """Returns tools as a JSON list, empty for none; None if they are something else."""
+    if cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]")):
+        return ""
+    tools = _of_json(cell) if isinstance(cell, str) else cell
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        return None
+    written = json.dumps(tools, ensure_ascii=False, default=str)
+    return written if _is_text(written) else None
+
+
+def _of_json(text: str) -> object:
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
 def _is_text(cell: object) -> TypeGuard[str]:
@@ -361,4 +434,6 @@ def _split_conversations(
 
 
 def _is_blank(text: Text) -> bool:
-    return not (text if isinstance(text, str) else text[-1].content).strip()
+    if isinstance(text, str):
+        return not text.strip()
+    return not text[-1].content.strip() and "tool_calls" not in text[-1].details

@@ -29,7 +29,7 @@ from dpo_ds.data.schedule import Lengths
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
 from dpo_ds.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_PER_CHUNK = 1000
 _ROWS_WITHOUT_PROGRESS_BAR = 2000
 _IDS = pa.list_(pa.int32())

@@ -3,7 +3,7 @@ no tensor may enter."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -49,15 +49,24 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, special tokens neither prepended nor appended."""
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = "") -> str | None:
         """Returns a conversation as the chat template writes it, None where the template refuses such a conversation.
 
         Args:
             messages: the turns.
             add_generation_prompt: whether to write the beginning of the assistant's next turn, too.
+            tools: what the assistant may call, as a JSON list; empty for nothing.
 
         Raises:
             UserError: there is no template, or it is faulty.
+        """
+
+    def encode_rendered(self, text: str, *, begins: bool) -> list[int]:
+        """Returns the ids of a part of what ``render_chat`` wrote.
+
+        Args:
+            text: the part.
+            begins: whether it is the beginning, where a BOS belongs that the template has not written.
         """
 
     def save(self, folder: Path) -> None:
@@ -108,13 +117,17 @@ def tokenize_pair(
     """
     match preference:
         case Preference(str(prompt), str(chosen), str(rejected)):
+            if preference.tools:
+                return "tools ignored"
             prompt_ids = tokenizer.encode_prompt(prompt)
             responses = [tokenizer.encode(response) for response in (chosen, rejected)]
         case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
-            rendered = _render(messages, (chosen, rejected), tokenizer)
+            rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
             if rendered is None:
                 return "refused by the chat template"
-            prompt_ids = tokenizer.encode(rendered[0])
+            if _ignores_tools(messages, (chosen, rejected), tokenizer, tools=preference.tools):
+                return "tools ignored"
+            prompt_ids = tokenizer.encode_rendered(rendered[0], begins=True)
             responses = [_encode_up_to_eos(response, tokenizer) for response in rendered[1:]]
         case _:
             raise TypeError("prompt, chosen and rejected must be of one kind")
@@ -149,17 +162,51 @@ def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
     """
     match preference:
         case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
-            texts = _render(messages, (chosen, rejected), tokenizer) or []
+            texts = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools) or []
+
+            def encode(text: str, *, begins: bool) -> list[int]:
+                return tokenizer.encode_rendered(text, begins=begins)
+
         case Preference(str(prompt), str(chosen), str(rejected)):
             texts = [prompt, chosen, rejected]
+
+            def encode(text: str, *, begins: bool) -> list[int]:
+                return tokenizer.encode(text)
+
         case _:
             raise TypeError("prompt, chosen and rejected must be of one kind")
-    before = tokenizer.encode(texts[0]) if texts else []
-    return any(tokenizer.encode(texts[0] + after) != [*before, *tokenizer.encode(after)] for after in texts[1:])
+    return any(
+        encode(texts[0] + after, begins=True) != [*encode(texts[0], begins=True), *encode(after, begins=False)]
+        for after in texts[1:]
+    )
+
+
+def _ignores_tools(
+    prompt: tuple[Message, ...], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer, *, tools: str
+) -> bool:
+    """Whether the chat template writes the same without the tools, without a turn's calls, or without a tool's turn."""
+
+    def write(messages: Sequence[Message], tools: str) -> str | None:
+        return tokenizer.render_chat(messages, add_generation_prompt=False, tools=tools)
+
+    if tools and write(prompt, tools) == write(prompt, ""):
+        return True
+    for response in responses:
+        whole = (*prompt, *response)
+        for place, message in enumerate(whole):
+            if message.role == "tool":
+                less: tuple[Message, ...] = ()
+            elif "tool_calls" in message.details:
+                less = (replace(message, details=""),)
+            else:
+                continue
+            if write(whole, tools) == write((*whole[:place], *less, *whole[place + 1 :]), tools):
+                return True
+    return False
 
 
 def _render(
-    prompt: Sequence[Message], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer
+    prompt: Sequence[Message], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer, *, tools: str
 ) -> list[str] | None:
     """Returns the prompt's text and what each response adds to it, None where the template refuses the conversation."""
     if not tokenizer.has_chat_template:
@@ -167,8 +214,10 @@ def _render(
             f"the data holds messages and the tokenizer {tokenizer.name} has no chat template; set model.tokenizer "
             "to one that has, or write prompt, chosen and rejected as plain strings"
         )
-    start = tokenizer.render_chat(prompt, add_generation_prompt=True)
-    wholes = [tokenizer.render_chat([*prompt, *response], add_generation_prompt=False) for response in responses]
+    start = tokenizer.render_chat(prompt, add_generation_prompt=True, tools=tools)
+    wholes = [
+        tokenizer.render_chat([*prompt, *response], add_generation_prompt=False, tools=tools) for response in responses
+    ]
     if start is None or None in wholes:
         return None
     texts = [start]
@@ -191,8 +240,8 @@ def _how_it_rewrites(start: str, whole: str, tokenizer: Tokenizer) -> str:
 
 def _encode_up_to_eos(response: str, tokenizer: Tokenizer) -> list[int]:
     # ChatML writes a newline behind its end marker, which a model that stops at EOS never says.
-    ids = tokenizer.encode(response.rstrip())
-    return ids if ids[-1:] == [tokenizer.eos_id] else tokenizer.encode(response)
+    ids = tokenizer.encode_rendered(response.rstrip(), begins=False)
+    return ids if ids[-1:] == [tokenizer.eos_id] else tokenizer.encode_rendered(response, begins=False)
 
 
 def _ended_once(ids: list[int], eos_id: int) -> TokenIds:

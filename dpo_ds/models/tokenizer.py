@@ -83,18 +83,28 @@ class HuggingFaceTokenizer:
         """Returns the ids of a text, special tokens neither prepended nor appended."""
         return self._encode(text, special=False)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
+    def encode_rendered(self, text: str, *, begins: bool) -> list[int]:
+        """Returns the ids of a part of what ``render_chat`` wrote; templates write special tokens themselves."""
+        return self.encode(text)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = "") -> str | None:
         """Returns a conversation as the chat template writes it, None where it refuses such a conversation."""
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": m.role, "content": m.content, **json.loads(m.details or "{}")} for m in messages]
         try:
             return str(
-                self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+                self._tokenizer.apply_chat_template(
+                    turns,
+                    tools=json.loads(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            # Exactly this class is what a template's own raise_exception gives; a subclass is a fault in the template.
-            if type(error) is TemplateError:
+            # Exactly this class is what a template's own raise_exception gives; a subclass is a fault in the template,
+            # or in tools and calls, whose shape is the data's.
+            if type(error) is TemplateError or tools or any(message.details for message in messages):
                 return None
             raise UserError(f"the chat template of {self.name} is faulty: {first_line(error)}; mend it") from error
 
@@ -109,8 +119,12 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """A raw SentencePiece model; attributes and methods as ``Tokenizer`` says.
 
-    A prompt begins with the model's BOS if it defines one, as Llama's and Mistral's tokenizers have it. There is no
-    chat template.
+    A prompt begins with the model's BOS if it defines one, as Llama's and Mistral's tokenizers have it.
+
+    The file has no chat template, so messages become the transcript in which Bai et al. 2022 (arXiv:2204.05862) wrote
+    their preferences, and DPO's first data were: the text of a system turn, then for each turn an empty line and
+    ``Human: TEXT`` or ``Assistant: TEXT``. The generation prompt is an empty line and ``Assistant:``. EOS ends the
+    response and no other turn. Other roles, tools and tool calls are refused.
 
     Args:
         file: the ``.model`` file.
@@ -119,7 +133,7 @@ class SentencePieceTokenizer:
         UserError: it cannot be opened, or has no EOS piece.
     """
 
-    has_chat_template = False
+    has_chat_template = True
 
     def __init__(self, file: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -136,6 +150,7 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._processor.eos_id()
         self.vocab_size: int = self._processor.vocab_size()
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()
+        self._begins_with_a_blank = self._processor.encode("a", out_type=str)[0].startswith("▁")
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of a plain prompt, behind the BOS if the model defines one."""
@@ -145,9 +160,24 @@ class SentencePieceTokenizer:
         """Returns the ids of a text, special tokens neither prepended nor appended."""
         return list(self._processor.encode(text))
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
-        """Raises a UserError: a SentencePiece file has no chat template."""
-        raise UserError(f"the tokenizer {self.name} is a bare SentencePiece model, which has no chat template")
+    def encode_rendered(self, text: str, *, begins: bool) -> list[int]:
+        """Returns the ids of a part of what ``render_chat`` wrote, behind the BOS where it begins."""
+        # Most models put a blank of their own before a text: behind "Assistant:" that is the template's blank.
+        return (
+            self.encode_prompt(text) if begins else self.encode(text[self._begins_with_a_blank and text[:1] == " " :])
+        )
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = "") -> str | None:
+        """Returns a conversation as a transcript, None where it has tools or turns that a transcript does not know."""
+        speakers = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+        is_known = all(
+            not message.details and (message.role in speakers or (place == 0 and message.role == "system"))
+            for place, message in enumerate(messages)
+        )
+        if tools or not is_known:
+            return None
+        turns = [speakers.get(message.role, "") + message.content for message in messages]
+        return "".join([*turns, "\n\nAssistant:" if add_generation_prompt else ""])
 
     def save(self, folder: Path) -> None:
         """Copies the file as ``tokenizer.model``."""

@@ -1,4 +1,6 @@
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -148,6 +150,67 @@ def test_sharegpt_speakers_become_roles_and_a_system_column_the_first_turn():
         Message("user", "Why?"),
     )
     assert read({"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER_GPT, "system": ""}) == PAIR_OF_MESSAGES
+
+
+ADD = {"name": "add", "arguments": {"a": 1}}
+CALL = '{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}'
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": ADD}]},
+        {"role": "assistant", "tool_calls": [ADD]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {**ADD, "arguments": '{"a": 1}'}}]},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    ],
+    ids=["wrapped", "bare", "arguments as JSON", "ShareGPT"],
+)
+def test_a_call_of_a_tool_stays_with_its_turn(turn):
+    found = read(
+        {"prompt": [QUESTION, turn, {"role": "tool", "name": "add", "content": "1"}], "chosen": "a", "rejected": "b"}
+    )
+    assert found.prompt == (
+        Message("user", "Why?"),
+        Message("assistant", "", CALL),
+        Message("tool", "1", '{"name": "add"}'),
+    )
+    assert read({"prompt": [QUESTION], "chosen": turn, "rejected": BAD}).chosen == (Message("assistant", "", CALL),)
+
+
+@pytest.mark.parametrize("calls", [[{}], ["add"], "add", [{"function": "add"}], [{**ADD, "name": "\ud800"}]])
+def test_what_is_no_call_of_a_tool_is_not_text(calls):
+    assert read({"prompt": [QUESTION], "chosen": {**GOOD, "tool_calls": calls}, "rejected": BAD}) == "not text"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ([TOOL], json.dumps([TOOL])),
+        (json.dumps([TOOL]), json.dumps([TOOL])),
+        ("", ""),
+        (" ", ""),
+        (None, ""),
+        ([], ""),
+        ("[]", ""),
+        ("{", None),
+        ("add", None),
+        (["add"], None),
+        ({"name": "add"}, None),
+        (3, None),
+        ([{"name": "\ud800"}], None),
+    ],
+)
+def test_tools_are_a_list_or_its_json_and_read_only_where_they_are_named(cell, expected):
+    row = {"prompt": [QUESTION], "chosen": GOOD, "rejected": BAD, "tools": cell}
+    assert read(row) == PAIR_OF_MESSAGES
+    named = read(row, tools="tools")
+    assert named == ("tools not understood" if expected is None else replace(PAIR_OF_MESSAGES, tools=expected))
+    with pytest.raises(UserError, match="has no column 'functions'"):
+        read(row, tools="functions")
 
 
 def test_whole_conversations_are_read_in_sharegpts_words_too():

@@ -100,11 +100,14 @@ def test_the_key_follows_content_columns_tokenizer_and_settings_but_not_the_plac
     assert run([source], tokenizer, folder).manifest.key == run([copy], tokenizer, folder).manifest.key
     swapped = Source(source.path, columns={"chosen": "rejected", "rejected": "chosen"})
     other = small_tokenizer(tmp_path / "other", bos="<bos>")
+    tools = write(tmp_path / "tools.jsonl", [{**row, "tools": ""} for row in ROWS])
     changed = write(tmp_path / "changed.jsonl", [*ROWS[:-1], {"prompt": "pq", "chosen": "xy", "rejected": 2}])
     keys = [
         run([source], tokenizer, folder).manifest.key,
         run([changed], tokenizer, folder).manifest.key,
         run([swapped], tokenizer, folder).manifest.key,
+        run([Source(tools.path)], tokenizer, folder).manifest.key,
+        run([Source(tools.path, columns={"tools": "tools"})], tokenizer, folder).manifest.key,
         run([source], other, folder).manifest.key,
         run([source], tokenizer, folder, max_length=10).manifest.key,
         run([source], tokenizer, folder, truncation="prompt_start").manifest.key,

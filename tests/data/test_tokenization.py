@@ -160,6 +160,78 @@ def test_a_conversation_that_the_template_refuses_is_dropped(tmp_path):
     assert tokenize(conversation(first_role="system"), tokenizer) == "refused by the chat template"
 
 
+TOOLS = '[{"type": "function", "function": {"name": "add"}}]'
+CALL = '{"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}'
+CALLS = (
+    "{% for t in tools or [] %}<tool>{{ t.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
+    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_tools_and_their_calls_are_what_the_template_writes_of_them(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template=CALLS, eos="<|end|>")
+    asked, called = Message("user", "1+1?"), Message("assistant", "", CALL)
+    first = Preference((asked,), (called,), (Message("assistant", "no"),), TOOLS)
+    pair = tokenize(first, tokenizer)
+    assert pair.prompt_ids == tuple(tokenizer.encode("<tool>add<user>1+1?<|end|><assistant>"))
+    assert pair.chosen_ids == tuple(tokenizer.encode('<call>add {"a": 1}<|end|>'))
+    later = Preference(
+        (asked, called, Message("tool", "2")), (Message("assistant", "2"),), (Message("assistant", "3"),), TOOLS
+    )
+    written = '<tool>add<user>1+1?<|end|><assistant><call>add {"a": 1}<|end|><tool>2<|end|><assistant>'
+    assert tokenize(later, tokenizer).prompt_ids == tuple(tokenizer.encode(written))
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "tools"),
+    [
+        (LLAMA_3, [Message("user", "?")], TOOLS),
+        (LLAMA_3, [Message("user", "?"), Message("assistant", "", CALL), Message("user", "?")], ""),
+        ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}", [Message("tool", "2")], ""),
+        (None, "plain text", TOOLS),
+    ],
+    ids=["tools", "a call", "a tool's turn", "a plain prompt"],
+)
+def test_tools_that_would_be_lost_without_a_word_are_counted(tmp_path, template, prompt, tools):
+    tokenizer = small_tokenizer(tmp_path, template=template, bos="<bos>")
+    responses = ("a", "b") if template is None else ((Message("assistant", "a"),), (Message("assistant", "b"),))
+    prompt = prompt if template is None else tuple(prompt)
+    assert tokenize(Preference(prompt, *responses, tools), tokenizer) == "tools ignored"
+
+
+def test_a_fault_of_the_template_at_tools_is_laid_to_the_row(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template=CALLS.replace("t.function.name", "t.function.name.first.second"))
+    prompt = (Message("user", "?"),)
+    responses = ((Message("assistant", "a"),), (Message("assistant", "b"),))
+    assert tokenize(Preference(prompt, *responses, TOOLS), tokenizer) == "refused by the chat template"
+    assert isinstance(tokenize(Preference(prompt, *responses), tokenizer), TokenizedPair)
+
+
+def test_a_real_chat_template_writes_tools_and_calls(material):
+    path = str(material / "tokenizers" / "minimind-6400")
+    tokenizer, decode = load_tokenizer(path), AutoTokenizer.from_pretrained(path).decode
+    prompt = (Message("user", "1+1?"), Message("assistant", "", CALL), Message("tool", "2"))
+    pair = tokenize(Preference(prompt, (Message("assistant", "2"),), (Message("assistant", "3"),), TOOLS), tokenizer)
+    written = decode(list(pair.prompt_ids))
+    assert '<tools>\n{"type": "function", "function": {"name": "add"}}\n</tools>' in written
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in written
+    assert "<tool_response>\n2\n</tool_response>" in written
+    assert decode(list(pair.chosen_ids)) == "2<|im_end|>"
+
+
+def test_messages_are_a_transcript_to_a_sentencepiece_file(material):
+    path = material / "tokenizers" / "mistral-v1-32000" / "tokenizer.model"
+    tokenizer, pieces = load_tokenizer(str(path)), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pair = tokenize(conversation("good", "bad one "), tokenizer)
+    start = "\n\nHuman: Why?\n\nAssistant:"
+    assert list(pair.prompt_ids) == [tokenizer.bos_id, *pieces.encode(start)]
+    for ids, text in ((pair.chosen_ids, "good"), (pair.rejected_ids, "bad one ")):
+        assert [*pair.prompt_ids, *ids] == [1, *pieces.encode(f"{start} {text}"), 2]
+        assert pieces.decode(list(ids[:-1])) == text
+    assert not merges_at_boundary(conversation(), tokenizer)
+
+
 def test_messages_need_a_sound_chat_template(tmp_path):
     with pytest.raises(UserError, match=r"has no chat template; set model.tokenizer"):
         tokenize(conversation(), small_tokenizer(tmp_path / "none"))

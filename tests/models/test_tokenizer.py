@@ -30,12 +30,32 @@ def test_a_sentencepiece_file_gives_its_own_ids_behind_a_bos(material, folder):
     for path in (file, file.parent):
         tokenizer = load_tokenizer(str(path))
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, pieces.vocab_size())
-        assert not tokenizer.has_chat_template
         for text in TEXTS:
             assert tokenizer.encode(text) == pieces.encode(text)
             assert tokenizer.encode_prompt(text) == [1, *pieces.encode(text)]
-    with pytest.raises(UserError, match="bare SentencePiece model, which has no chat template"):
-        tokenizer.render_chat([Message("user", "Hi")], add_generation_prompt=True)
+
+
+def test_a_sentencepiece_file_writes_conversations_as_transcripts(material):
+    tokenizer = load_tokenizer(str(material / "tokenizers" / "mistral-v1-32000"))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(material / "tokenizers" / "mistral-v1-32000" / "tokenizer.model")
+    )
+    turns = [Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "?")]
+    start = "Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: ?\n\nAssistant:"
+    answer = [*turns, Message("assistant", "So. ")]
+    assert tokenizer.has_chat_template
+    assert tokenizer.render_chat(turns, add_generation_prompt=True) == start
+    assert tokenizer.render_chat(answer, add_generation_prompt=False) == f"{start} So. "
+    # The ids are those of the transcript in one piece, behind the BOS.
+    prompt, response = tokenizer.encode_rendered(start, begins=True), tokenizer.encode_rendered(" So. ", begins=False)
+    assert [*prompt, *response] == [1, *pieces.encode(f"{start} So. ")]
+    for refused in (
+        [Message("tool", "4")],
+        [turns[1], turns[0]],
+        [Message("assistant", "", '{"tool_calls": []}')],
+    ):
+        assert tokenizer.render_chat(refused, add_generation_prompt=False) is None
+    assert tokenizer.render_chat(turns, add_generation_prompt=True, tools="[{}]") is None
 
 
 @pytest.mark.parametrize("name", ["tokenizers/minimind-6400", "models/stories260K-hf"])
