@@ -104,8 +104,7 @@ def choose_layout_of(
 
 
 def _piece(pair: TokenizedPair, tokens: int) -> TokenizedPair:
-    prompt, chosen, rejected = pair.prompt_ids[-tokens:], pair.chosen_ids[:tokens], pair.rejected_ids[:tokens]
-    return replace(pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+    return replace(pair.shortened(tokens), prompt_ids=pair.prompt_ids[-tokens:])
 
 
 def starts_equal(engines: Engines, *, world: World, same_source: bool, cached: CachedReference | None = None) -> bool:

@@ -6,16 +6,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_ds.config import DataSource, Run, parse_run, resolve_path
-from dpo_ds.data.preferences import Message, Source
+from dpo_ds.data.preferences import Message, Scored, Source
 from dpo_ds.data.prepare import check_dropped, tokenize
 from dpo_ds.data.rows import load_rows
-from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, merges_at_boundary
+from dpo_ds.data.tokenization import Mask, TokenizedPair, Tokenizer, Truncation, merges_at_boundary
 from dpo_ds.models.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 _SAMPLES = 3
@@ -157,6 +159,7 @@ def inspect(argv: Sequence[str], *, as_json: bool) -> None:
             tokenizer,
             max_length=data.max_length,
             truncation=data.truncation,
+            scored=data.scored,
         )
 
     train = found(data.train, "data.train")
@@ -170,7 +173,12 @@ def inspect(argv: Sequence[str], *, as_json: bool) -> None:
 
 
 def examine(
-    sources: Sequence[Source], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation | None
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation | None,
+    scored: Scored = "last_turn",
 ) -> Findings:
     """Reads and tokenizes sources, and counts what is found.
 
@@ -179,13 +187,14 @@ def examine(
         tokenizer: the policy's.
         max_length: bound on the tokens of prompt + longer response.
         truncation: as in ``tokenize_pair``.
+        scored: as in ``read_preferences``.
 
     Raises:
         UserError: a source cannot be read or lacks a column.
     """
     files = [rows for source in sources for rows in load_rows(source)]
     findings = Findings([rows.path for rows in files], max_length, [len(rows) for rows in files], [0] * len(files))
-    outcomes = tokenize(files, tokenizer, max_length=max_length, truncation=truncation)
+    outcomes = tokenize(files, tokenizer, max_length=max_length, truncation=truncation, scored=scored)
     for number, (source, row, preference, pair) in enumerate(outcomes):
         if isinstance(pair, str):
             findings.dropped[pair] += 1
@@ -326,8 +335,12 @@ def _text(
         lines.append(("pair", name))
         prompt = _painted(pair.prompt_ids, decoder, colour="" if coloured else None, keep_end=True)
         lines.append(("prompt", prompt))
-        for part, ids, colour in (("chosen", pair.chosen_ids, _GREEN), ("rejected", pair.rejected_ids, _RED)):
-            lines.append((part, _painted(ids, decoder, colour=colour if coloured else None, keep_end=False)))
+        for part, ids, scored, colour in (
+            ("chosen", pair.chosen_ids, pair.chosen_scored, _GREEN),
+            ("rejected", pair.rejected_ids, pair.rejected_scored, _RED),
+        ):
+            painted = _painted(ids, decoder, colour=colour if coloured else None, keep_end=False, scored=scored)
+            lines.append((part, painted))
     return "\n".join(f"{name:>10}  {text}".rstrip() for name, text in lines)
 
 
@@ -395,28 +408,33 @@ def _tokenizer_lines(findings: Findings, tokenizer: Tokenizer, decoder: Decoder)
     )
 
 
-def _painted(ids: Sequence[int], decoder: Decoder, *, colour: str | None, keep_end: bool) -> str:
-    """Returns tokens as text, special ones by name and inverse; without any colour where that is None."""
-    spans = [(_escaped(text), special) for text, special in decoder.spans(ids)]
+def _painted(
+    ids: Sequence[int], decoder: Decoder, *, colour: str | None, keep_end: bool, scored: Mask | None = None
+) -> str:
+    """Returns tokens as text, scored ones coloured, special ones by name and inverse; plain without a colour."""
+    runs = groupby(zip(ids, scored or (True,) * len(ids), strict=True), key=itemgetter(1))
+    spans = [
+        (_escaped(text), ((colour or "") if is_scored else "") + (_INVERSE if special else ""))
+        for is_scored, run in runs
+        for text, special in decoder.spans([token for token, _ in run])
+    ]
     spans = _shortened(spans, keep_end=keep_end)
-    if colour is None:
-        return "".join(text for text, _ in spans)
-    return "".join(f"{colour}{_INVERSE if special else ''}{text}{_PLAIN}" for text, special in spans)
+    return "".join(text if colour is None else f"{style}{text}{_PLAIN}" for text, style in spans)
 
 
-def _shortened(spans: list[tuple[str, bool]], *, keep_end: bool) -> list[tuple[str, bool]]:
+def _shortened(spans: list[tuple[str, str]], *, keep_end: bool) -> list[tuple[str, str]]:
     """Returns the spans with a long middle left out: a prompt's end and a response's beginning matter most."""
     before = _SHOWN_CHARACTERS // 4 if keep_end else _SHOWN_CHARACTERS * 3 // 4
-    characters = [(character, special) for text, special in spans for character in text]
+    characters = [(character, style) for text, style in spans for character in text]
     if len(characters) > _SHOWN_CHARACTERS:
         rest = len(characters) - (_SHOWN_CHARACTERS - before)
-        characters = [*characters[:before], (" ... ", False), *characters[rest:]]
-    shortened: list[tuple[str, bool]] = []
-    for character, special in characters:
-        if shortened and shortened[-1][1] == special:
-            shortened[-1] = (shortened[-1][0] + character, special)
+        characters = [*characters[:before], (" ... ", ""), *characters[rest:]]
+    shortened: list[tuple[str, str]] = []
+    for character, style in characters:
+        if shortened and shortened[-1][1] == style:
+            shortened[-1] = (shortened[-1][0] + character, style)
         else:
-            shortened.append((character, special))
+            shortened.append((character, style))
     return shortened
 
 

@@ -190,6 +190,7 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
             tokenizer,
             max_length=config.data.max_length,
             truncation=config.data.truncation,
+            scored=config.data.scored,
             max_dropped=config.data.max_dropped,
             folder=folder / "data",
         )

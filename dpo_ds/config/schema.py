@@ -60,6 +60,10 @@ class DataConfig:
     truncation: Literal["prompt_start", "response_end"] | None = _key(
         None, "what is cut from pairs that are too long; null: they are dropped"
     )
+    scored: Literal["last_turn", "all_assistant_turns"] = _key(
+        "last_turn",
+        "turns of a conversation that count: the last, or all of the assistant's that both sides do not share",
+    )
     max_dropped: float = _key(0.05, "share of unusable rows above which the run is refused")
     shuffle: bool = _key(True, "false keeps the file's order")
 

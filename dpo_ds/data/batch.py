@@ -44,10 +44,10 @@ class PairBatch:
 
     Attributes:
         input_ids: ``(rows, length)``, padded to the right with 0, which causal attention never lets a scored token see.
-        predicted_at: ``(scored,)``, positions in ``input_ids.flatten()`` whose hidden state predicts a response token.
-        targets: ``(scored,)``, the response tokens.
+        predicted_at: ``(scored,)``, positions in ``input_ids.flatten()`` whose hidden state predicts a scored token.
+        targets: ``(scored,)``, the scored tokens: those of the responses, less what others said between their turns.
         response_of: ``(scored,)``, in ``[0, 2 * pairs)``.
-        response_tokens: ``(2 * pairs,)``, tokens of each response.
+        response_tokens: ``(2 * pairs,)``, scored tokens of each response.
         weights: ``(pairs,)``, 1 for a real pair, 0 for a stand-in.
         tokens: tokens of the pairs, each prompt counted once, stand-ins not at all.
         filled: positions of ``input_ids`` that are neither padding nor a stand-in's.
@@ -155,6 +155,12 @@ def _batch(
     target_at = np.arange(len(response_of)) + (first - starts)[response_of]
     predicted_at = target_at - 1
     predicted_at[starts] = before
+    masks = [(pair.chosen_ids, pair.chosen_scored) for pair in pairs]
+    masks += [(pair.rejected_ids, pair.rejected_scored) for pair in pairs]
+    if any(mask for _, mask in masks):
+        scored = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask in masks])
+        target_at, predicted_at, response_of = target_at[scored], predicted_at[scored], response_of[scored]
+        response_tokens = np.bincount(response_of, minlength=len(first))
     return PairBatch(
         input_ids=torch.from_numpy(input_ids),
         predicted_at=torch.from_numpy(predicted_at),

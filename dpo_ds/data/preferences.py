@@ -33,6 +33,9 @@ DropReason = Literal[
 Tools are ignored by a chat template that writes the same without them, and by a plain prompt, which meets no template.
 """
 
+Scored = Literal["last_turn", "all_assistant_turns"]
+"""Which turns of a conversation are a response; ``read_preferences`` has the rule."""
+
 Columns = Mapping[str, str | list[str]]
 """Our names of a row's columns, and the row's own."""
 
@@ -87,7 +90,8 @@ class Preference:
 
     Attributes:
         prompt: plain text, or the turns before the response.
-        chosen: plain text, or the assistant's one message.
+        chosen: plain text, or messages, of which the first and the last are the assistant's and are scored with any
+            other of the assistant's; those between were written by others.
         rejected: the same kind as ``chosen``.
         tools: what the assistant may call, as a JSON list; empty for nothing.
     """
@@ -128,7 +132,9 @@ class Source:
                 raise UserError(f"columns.{name} of {self.path} must be one column, got {named}")
 
 
-def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str) -> list[Preference | DropReason]:
+def read_preferences(
+    row: Mapping[str, object], *, columns: Columns, where: str, scored: Scored = "last_turn"
+) -> list[Preference | DropReason]:
     """Returns the preferences that a row holds, and why others cannot be used; at least one of either.
 
     A row is one of:
@@ -145,11 +151,20 @@ def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str)
     ``tool_calls`` or as a turn from ``function_call``; arguments that are the JSON of an object become that object,
     which is what templates expect.
 
+    The two sides of a row are one prompt and two responses. With ``last_turn`` a response is the last turn, and all
+    before it must be the same on both sides. With ``all_assistant_turns`` the prompt is the turns that both sides begin
+    with, and the response all behind them, of which the assistant's turns are scored and the others are given, as in
+    Xiong et al. 2024, section 3, arXiv:2409.02392. The assistant's turns within the prompt need no score: the same
+    tokens behind the same tokens add as much to both sides, and their difference is what a loss sees. Both sides must
+    first differ in a turn of the assistant's, else their prompts differ. Plain text has no turns, transcripts included:
+    there a response is the last one.
+
     Args:
         row: cells by column.
         columns: the row's own names of our columns, where they differ. Texts of several prompt columns are joined by
             an empty line, blank ones left out.
         where: file and row, for messages.
+        scored: which turns of a conversation are the response.
 
     Raises:
         UserError: a column is missing, or the row is unpaired data.
@@ -158,12 +173,12 @@ def read_preferences(row: Mapping[str, object], *, columns: Columns, where: str)
     tools = _tools(cells.get("tools"))
     if tools is None:
         return ["tools not understood"]
-    found = _pairs_of(row, cells, columns, where)
+    found = _pairs_of(row, cells, columns, where, scored)
     return [replace(pair, tools=tools) if isinstance(pair, Preference) else pair for pair in found]
 
 
 def _pairs_of(
-    row: Mapping[str, object], cells: Mapping[str, object], columns: Columns, where: str
+    row: Mapping[str, object], cells: Mapping[str, object], columns: Columns, where: str, scored: Scored
 ) -> Sequence[Preference | DropReason]:
     needed = _needed(cells, columns)
     if needed == _PAIR and "chosen" not in cells and "rejected" not in cells and _is_unpaired(row):
@@ -175,23 +190,23 @@ def _pairs_of(
         if name not in cells:
             raise _missing(name, row, columns, where)
     if needed == _RANKED:
-        return _ranked(_text(cells["prompt"]), cells["answers"])
+        return _ranked(_text(cells["prompt"]), cells["answers"], scored)
     if needed == _LABELLED:
         winner = _winner(cells["label"])
         if winner not in (1, 2):
             return ["label not understood" if winner is None else "tie"]
         outputs = [_text(cells[name]) for name in ("output_1", "output_2")]
-        return [_paired(_text(cells["prompt"]), outputs[winner - 1], outputs[2 - winner])]
+        return [_paired(_text(cells["prompt"]), outputs[winner - 1], outputs[2 - winner], scored)]
     chosen, rejected = _text(cells["chosen"]), _text(cells["rejected"])
     if "prompt" in cells:
-        return [_paired(_text(cells["prompt"]), chosen, rejected)]
+        return [_paired(_text(cells["prompt"]), chosen, rejected, scored)]
     if chosen is None or rejected is None:
         return ["not text"]
     if _is_answer(chosen) and _is_answer(rejected):
         if "conversations" not in row:
             raise _missing("prompt", row, columns, where)
-        return [_paired(_text(_with_system(row)), chosen, rejected)]
-    return [_checked(_split(chosen, rejected))]
+        return [_paired(_text(_with_system(row)), chosen, rejected, scored)]
+    return [_checked(_split(chosen, rejected, scored))]
 
 
 def _needed(cells: Mapping[str, object], columns: Columns) -> tuple[str, ...]:
@@ -257,7 +272,7 @@ def _as_text(vote: object) -> str:
     return f"{vote:g}" if isinstance(vote, float) else str(vote).strip().lower()
 
 
-def _ranked(prompt: Text | None, answers: object) -> list[Preference | DropReason]:
+def _ranked(prompt: Text | None, answers: object, scored: Scored) -> list[Preference | DropReason]:
     if not isinstance(answers, list) or len(answers) < 2:
         return ["fewer than two answers" if isinstance(answers, list) else "not text"]
     order = next(
@@ -273,7 +288,7 @@ def _ranked(prompt: Text | None, answers: object) -> list[Preference | DropReaso
     return [
         "tie"
         if goodness[better] == goodness[worse]
-        else _paired(prompt, _answer(answers[better]), _answer(answers[worse]))
+        else _paired(prompt, _answer(answers[better]), _answer(answers[worse]), scored)
         for better, worse in combinations(best_first, 2)
     ]
 
@@ -285,25 +300,25 @@ def _answer(answer: object) -> Text | None:
     return _text(answer)
 
 
-def _paired(prompt: Text | None, chosen: Text | None, rejected: Text | None) -> Preference | DropReason:
+def _paired(prompt: Text | None, chosen: Text | None, rejected: Text | None, scored: Scored) -> Preference | DropReason:
     """Returns the preference of a prompt and two answers, either of which may be a whole conversation."""
     match prompt, chosen, rejected:
         case str(), str(), str():
             return _checked(Preference(prompt, chosen, rejected))
         case tuple(), str(), str():
-            return _paired(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),))
+            return _paired(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),), scored)
         case ((str() | tuple()), tuple(), tuple()):
-            return _checked(_split_conversations(prompt, chosen, rejected))
+            return _checked(_split_conversations(prompt, chosen, rejected, scored))
     return "not text"
 
 
-def _split(chosen: Text, rejected: Text) -> Preference | DropReason:
+def _split(chosen: Text, rejected: Text, scored: Scored) -> Preference | DropReason:
     """Returns the preference of two transcripts or conversations, whose prompt is what they share."""
     match chosen, rejected:
         case str(), str():
             return _split_transcripts(chosen, rejected)
         case tuple(), tuple():
-            return _split_conversations(None, chosen, rejected)
+            return _split_conversations(None, chosen, rejected, scored)
     return "not text"
 
 
@@ -417,23 +432,45 @@ def _split_transcripts(chosen: str, rejected: str) -> Preference | DropReason:
 
 
 def _split_conversations(
-    prompt: Text | None, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+    prompt: Text | None, chosen: tuple[Message, ...], rejected: tuple[Message, ...], scored: Scored
 ) -> Preference | DropReason:
     if len(chosen) > 1 or len(rejected) > 1:
-        before = chosen[:-1]
+        if scored == "last_turn":
+            shared = max(len(chosen), len(rejected)) - 1
+        else:
+            if isinstance(prompt, tuple) and chosen[: len(prompt)] != prompt:  # they go on where it ends
+                chosen, rejected = prompt + chosen, prompt + rejected
+            shared = _shared(chosen, rejected)
+        before, chosen, after = chosen[:shared], chosen[shared:], rejected[shared:]
         # Beside whole conversations a prompt column repeats their beginning, or one of its messages.
-        agrees = prompt is None or prompt == before or any(message.content == prompt for message in before)
-        if before != rejected[:-1] or not agrees:
+        repeated = before if scored == "last_turn" else before[: len(prompt or ())]
+        agrees = prompt in (None, repeated) or any(message.content == prompt for message in before)
+        if not before or before != rejected[:shared] or not agrees:
             return "prompts differ"
-        prompt = before
+        # What another than the assistant says is no matter of preference.
+        if scored == "all_assistant_turns" and not chosen[0].role == after[0].role == "assistant":
+            return "prompts differ"
+        prompt, rejected = before, after
     if not isinstance(prompt, tuple) or prompt[-1].role == "assistant":
         return "not text"
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         return "not text"
-    return Preference(prompt, chosen[-1:], rejected[-1:])
+    return Preference(prompt, chosen, rejected)
+
+
+def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
+    """Returns how many messages both begin with, where each keeps one at least."""
+    shared = 0
+    while shared + 1 < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return shared
 
 
 def _is_blank(text: Text) -> bool:
     if isinstance(text, str):
         return not text.strip()
-    return not text[-1].content.strip() and "tool_calls" not in text[-1].details
+    return any(
+        not message.content.strip() and "tool_calls" not in message.details
+        for message in text
+        if message.role == "assistant"
+    )

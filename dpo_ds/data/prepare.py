@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm import tqdm
 
-from dpo_ds.data.preferences import DropReason, Preference, read_preferences
+from dpo_ds.data.preferences import DropReason, Preference, Scored, read_preferences
 from dpo_ds.data.preferences import Source as Source
 from dpo_ds.data.rows import Rows, load_rows
 from dpo_ds.data.schedule import Lengths
@@ -41,8 +41,11 @@ _SCHEMA = pa.schema(
         "prompt_ids": _IDS,
         "chosen_ids": _IDS,
         "rejected_ids": _IDS,
+        "chosen_scored": pa.list_(pa.bool_()),
+        "rejected_scored": pa.list_(pa.bool_()),
     }
 )
+_OPTIONAL = ("chosen_scored", "rejected_scored")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Manifest:
         tokenizer: its identity.
         max_length: bound on the tokens of prompt + longer response.
         truncation: what was done with longer ones.
+        scored: which turns of a conversation are scored.
         rows_read: rows of all sources.
         pairs: what could be used.
         dropped: what could not, by reason.
@@ -69,6 +73,7 @@ class Manifest:
     tokenizer: str
     max_length: int
     truncation: Truncation | None
+    scored: Scored
     rows_read: int
     pairs: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -84,7 +89,7 @@ class PreparedPairs:
         path: their folder.
         manifest: what it holds and how that came about.
         table: one row a pair: ``id``, ``row`` (in its source, from 1), ``source``, ``prompt_ids``, ``chosen_ids``,
-            ``rejected_ids``.
+            ``rejected_ids``, and null where a pair has no such thing ``chosen_scored`` and ``rejected_scored``.
     """
 
     path: Path
@@ -103,12 +108,18 @@ class PreparedPairs:
         """Returns one pair."""
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         prompt, chosen, rejected = (tuple(self.table[name][index].values.to_pylist()) for name in columns)
-        return TokenizedPair(self.table["id"][index].as_py(), prompt, chosen, rejected)
+        given = {name: self.table[name][index].as_py() for name in self._given}
+        more = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return TokenizedPair(self.table["id"][index].as_py(), prompt, chosen, rejected, **more)
 
     def where(self, index: int) -> str:
         """Returns which row of which source a pair was, for messages."""
         source = self.manifest.sources[self.table["source"][index].as_py()]
         return f"{source} row {self.table['row'][index].as_py()}"
+
+    @cached_property
+    def _given(self) -> list[str]:
+        return [name for name in _OPTIONAL if self.table[name].null_count < len(self.table)]
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -138,7 +149,12 @@ class Outcome(NamedTuple):
 
 
 def tokenize(
-    files: Sequence[Rows], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation | None
+    files: Sequence[Rows],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation | None,
+    scored: Scored = "last_turn",
 ) -> Iterator[Outcome]:
     """Yields what becomes of each row, in order, behind a progress bar if there are many.
 
@@ -147,6 +163,7 @@ def tokenize(
         tokenizer: the policy's.
         max_length: bound on the tokens of prompt + longer response.
         truncation: as in ``tokenize_pair``.
+        scored: as in ``read_preferences``.
 
     Raises:
         UserError: a file is broken in the middle, lacks a column, or needs a chat template that there is not.
@@ -155,7 +172,8 @@ def tokenize(
     with tqdm(total=rows_read, desc="tokenizing", unit="row", disable=rows_read <= _ROWS_WITHOUT_PROGRESS_BAR) as bar:
         for source, rows in enumerate(files):
             for number, row in rows:
-                for read in read_preferences(row, columns=rows.columns, where=f"{rows.path} row {number}"):
+                where = f"{rows.path} row {number}"
+                for read in read_preferences(row, columns=rows.columns, where=where, scored=scored):
                     if isinstance(read, str):
                         yield Outcome(source, number, None, read)
                         continue
@@ -170,6 +188,7 @@ def prepare(
     *,
     max_length: int,
     truncation: Truncation | None,
+    scored: Scored = "last_turn",
     max_dropped: float,
     folder: Path,
 ) -> PreparedPairs:
@@ -183,6 +202,7 @@ def prepare(
         tokenizer: the policy's.
         max_length: bound on the tokens of prompt + longer response.
         truncation: as in ``tokenize_pair``.
+        scored: as in ``read_preferences``.
         max_dropped: share of the rows, in [0, 1], above which unusable rows are an error.
         folder: of all prepared data; created if need be.
 
@@ -195,7 +215,7 @@ def prepare(
                 f"weight of {source.path} must be 1: weighted mixtures are not available, got {source.weight}"
             )
     files = [rows for source in sources for rows in load_rows(source)]
-    key = _content_key(files, tokenizer, max_length, truncation)
+    key = _content_key(files, tokenizer, max_length, truncation, scored)
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".{key}.lock"
@@ -209,6 +229,7 @@ def prepare(
                     tokenizer=tokenizer.identity,
                     max_length=max_length,
                     truncation=truncation,
+                    scored=scored,
                     rows_read=sum(map(len, files)),
                 )
                 _write(files, tokenizer, blank=blank, max_dropped=max_dropped, folder=folder)
@@ -253,7 +274,9 @@ def _write(files: Sequence[Rows], tokenizer: Tokenizer, *, blank: Manifest, max_
     aside, target = folder / f".{blank.key}-{uuid.uuid4().hex}", folder / blank.key
     try:
         aside.mkdir(parents=True)
-        outcomes = tokenize(files, tokenizer, max_length=blank.max_length, truncation=blank.truncation)
+        outcomes = tokenize(
+            files, tokenizer, max_length=blank.max_length, truncation=blank.truncation, scored=blank.scored
+        )
         dropped: Counter[str] = Counter()
         first_dropped: dict[str, str] = {}
         pairs = 0
@@ -294,8 +317,11 @@ def _write(files: Sequence[Rows], tokenizer: Tokenizer, *, blank: Manifest, max_
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _content_key(files: Sequence[Rows], tokenizer: Tokenizer, max_length: int, truncation: Truncation | None) -> str:
+def _content_key(
+    files: Sequence[Rows], tokenizer: Tokenizer, max_length: int, truncation: Truncation | None, scored: Scored
+) -> str:
     settings = [[sorted(rows.columns.items()) for rows in files], tokenizer.identity, max_length, truncation]
+    settings += [] if scored == "last_turn" else [scored]
     digest = hashlib.blake2b(json.dumps([_FORMAT, settings]).encode(), digest_size=16)
     for rows in files:
         rows.update(digest)

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from dpo_ds.errors import UserError
 
 Truncation = Literal["prompt_start", "response_end"]
 TokenIds = tuple[int, ...]
+Mask = tuple[bool, ...]
 
 
 class Tokenizer(Protocol):
@@ -80,21 +81,46 @@ class TokenizedPair:
     Attributes:
         id: hash of the tokens, hexadecimal.
         prompt_ids: at least one token.
-        chosen_ids: ends with the one EOS, unless its end was cut off.
+        chosen_ids: ends with an EOS, unless its end was cut off; the only one, unless several turns are scored.
         rejected_ids: likewise.
+        chosen_scored: for each token of the chosen response whether it is scored, the first is; None: all are.
+        rejected_scored: likewise.
     """
 
     id: str
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
+    chosen_scored: Mask | None = None
+    rejected_scored: Mask | None = None
 
     @classmethod
-    def of(cls, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> "TokenizedPair":
-        """Returns the pair of these tokens, named by their hash."""
+    def of(
+        cls,
+        prompt_ids: Sequence[int],
+        chosen_ids: Sequence[int],
+        rejected_ids: Sequence[int],
+        chosen_scored: Mask | None = None,
+        rejected_scored: Mask | None = None,
+    ) -> "TokenizedPair":
+        """Returns the pair of these tokens, named by their hash and that of what is not scored."""
         parts = (tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
-        numbers = np.array([*map(len, parts), *(token for part in parts for token in part)], dtype="<i8")
-        return cls(hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest(), *parts)
+        masks = [None if mask is None or all(mask) else mask for mask in (chosen_scored, rejected_scored)]
+        numbers = [*map(len, parts), *(token for part in parts for token in part)]
+        for side, (mask, part) in enumerate(zip(masks, parts[1:], strict=True)):
+            numbers += [-1 - side, *(mask or (True,) * len(part))] if any(masks) else []
+        packed = np.array(numbers, dtype="<i8").tobytes()
+        return cls(hashlib.blake2b(packed, digest_size=16).hexdigest(), *parts, *masks)
+
+    def shortened(self, responses: int) -> "TokenizedPair":
+        """Returns the pair with no more than so many tokens of each response; its name stays."""
+        return replace(
+            self,
+            chosen_ids=self.chosen_ids[:responses],
+            rejected_ids=self.rejected_ids[:responses],
+            chosen_scored=self.chosen_scored and self.chosen_scored[:responses],
+            rejected_scored=self.rejected_scored and self.rejected_scored[:responses],
+        )
 
 
 def tokenize_pair(
@@ -120,28 +146,31 @@ def tokenize_pair(
             if preference.tools:
                 return "tools ignored"
             prompt_ids = tokenizer.encode_prompt(prompt)
-            responses = [tokenizer.encode(response) for response in (chosen, rejected)]
+            encoded = [_Response.all_scored(tokenizer.encode(response)) for response in (chosen, rejected)]
         case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
             rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
             if rendered is None:
                 return "refused by the chat template"
+            start, responses = rendered
             if _ignores_tools(messages, (chosen, rejected), tokenizer, tools=preference.tools):
                 return "tools ignored"
-            prompt_ids = tokenizer.encode_rendered(rendered[0], begins=True)
-            responses = [_encode_up_to_eos(response, tokenizer) for response in rendered[1:]]
+            prompt_ids = tokenizer.encode_rendered(start, begins=True)
+            encoded = [_encode(response, tokenizer) for response in responses]
         case _:
             raise TypeError("prompt, chosen and rejected must be of one kind")
     while len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == tokenizer.bos_id:
         prompt_ids = prompt_ids[1:]
     if not prompt_ids:
         return "empty prompt"
-    chosen_ids, rejected_ids = (_ended_once(response, tokenizer.eos_id) for response in responses)
-    if len(chosen_ids) == 1 or len(rejected_ids) == 1:
+    first, second = (_ended_once(response, tokenizer.eos_id) for response in encoded)
+    if len(first.ids) == 1 or len(second.ids) == 1:
         return "empty response"
-    if chosen_ids == rejected_ids:
+    if first.ids == second.ids:
         return "identical responses"
-    pair = TokenizedPair.of(prompt_ids, chosen_ids, rejected_ids)
-    if len(pair.prompt_ids) + max(len(chosen_ids), len(rejected_ids)) <= max_length:
+    pair = TokenizedPair.of(prompt_ids, first.ids, second.ids, first.scored, second.scored)
+    if not _differs_where_scored(pair):
+        return "prompts differ"
+    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
         return pair
     if truncation == "prompt_start":
         return _cut_prompt(pair, max_length, tokenizer.bos_id)
@@ -162,7 +191,8 @@ def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
     """
     match preference:
         case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
-            texts = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools) or []
+            rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
+            texts = [rendered[0], *(parts[0].text for parts in rendered[1])] if rendered else []
 
             def encode(text: str, *, begins: bool) -> list[int]:
                 return tokenizer.encode_rendered(text, begins=begins)
@@ -205,9 +235,23 @@ def _ignores_tools(
     return False
 
 
+class _Part(NamedTuple):
+    text: str
+    is_scored: bool
+
+
+class _Response(NamedTuple):
+    ids: list[int]
+    scored: Mask
+
+    @classmethod
+    def all_scored(cls, ids: list[int]) -> "_Response":
+        return cls(ids, (True,) * len(ids))
+
+
 def _render(
     prompt: Sequence[Message], responses: Sequence[tuple[Message, ...]], tokenizer: Tokenizer, *, tools: str
-) -> list[str] | None:
+) -> tuple[str, list[list[_Part]]] | None:
     """Returns the prompt's text and what each response adds to it, None where the template refuses the conversation."""
     if not tokenizer.has_chat_template:
         raise UserError(
@@ -215,18 +259,27 @@ def _render(
             "to one that has, or write prompt, chosen and rejected as plain strings"
         )
     start = tokenizer.render_chat(prompt, add_generation_prompt=True, tools=tools)
-    wholes = [
-        tokenizer.render_chat([*prompt, *response], add_generation_prompt=False, tools=tools) for response in responses
-    ]
-    if start is None or None in wholes:
+    if start is None:
         return None
-    texts = [start]
-    for whole in wholes:
-        assert whole is not None
-        if not whole.startswith(start):
-            raise UserError(_how_it_rewrites(start, whole, tokenizer))
-        texts.append(whole[len(start) :])
-    return texts
+    continuations = []
+    for response in responses:
+        written, parts = start, list[_Part]()
+        for place, message in enumerate(response):
+            if message.role != "assistant":
+                continue
+            # What leads to the turn, which the start does for the first one, and then the turn.
+            for end, is_scored in ((place, False), (place + 1, True)) if place else ((1, True),):
+                whole = tokenizer.render_chat(
+                    [*prompt, *response[:end]], add_generation_prompt=not is_scored, tools=tools
+                )
+                if whole is None:
+                    return None
+                if not whole.startswith(written):
+                    raise UserError(_how_it_rewrites(written, whole, tokenizer))
+                parts.append(_Part(whole[len(written) :], is_scored))
+                written = whole
+        continuations.append(parts)
+    return start, continuations
 
 
 def _how_it_rewrites(start: str, whole: str, tokenizer: Tokenizer) -> str:
@@ -238,30 +291,53 @@ def _how_it_rewrites(start: str, whole: str, tokenizer: Tokenizer) -> str:
     )
 
 
-def _encode_up_to_eos(response: str, tokenizer: Tokenizer) -> list[int]:
-    # ChatML writes a newline behind its end marker, which a model that stops at EOS never says.
-    ids = tokenizer.encode_rendered(response.rstrip(), begins=False)
-    return ids if ids[-1:] == [tokenizer.eos_id] else tokenizer.encode_rendered(response, begins=False)
+def _encode(response: Sequence[_Part], tokenizer: Tokenizer) -> _Response:
+    ids, scored, behind = list[int](), list[bool](), ""
+    for part in response:
+        text, behind = behind + part.text, ""
+        some = tokenizer.encode_rendered(text.rstrip() if part.is_scored else text, begins=False)
+        if part.is_scored and some[-1:] == [tokenizer.eos_id]:
+            # ChatML writes a newline behind its end marker, which a model that stops at EOS never says.
+            behind = text[len(text.rstrip()) :]
+        elif part.is_scored:
+            some = tokenizer.encode_rendered(text, begins=False)
+        ids += some
+        scored += [part.is_scored] * len(some)
+    return _Response(ids, tuple(scored))
 
 
-def _ended_once(ids: list[int], eos_id: int) -> TokenIds:
-    end = len(ids)
-    while end and ids[end - 1] == eos_id:
+def _ended_once(response: _Response, eos_id: int) -> _Response:
+    end = len(response.ids)
+    while end and response.ids[end - 1] == eos_id:
         end -= 1
-    return (*ids[:end], eos_id)
+    return _Response([*response.ids[:end], eos_id], (*response.scored[:end], True))
+
+
+def _differs_where_scored(pair: TokenizedPair) -> bool:
+    """Whether the first token that tells the responses apart is scored on one side at least."""
+    both = list(zip(pair.chosen_ids, pair.rejected_ids, strict=False))
+    place = next((place for place, (one, other) in enumerate(both) if one != other), len(both))
+    sides = ((pair.chosen_ids, pair.chosen_scored), (pair.rejected_ids, pair.rejected_scored))
+    return any(place < len(ids) and (scored is None or scored[place]) for ids, scored in sides)
 
 
 def _cut_prompt(pair: TokenizedPair, max_length: int, bos_id: int | None) -> TokenizedPair | DropReason:
     # Models are trained with their BOS first, so without it every log-prob of the pair would be off.
     kept = pair.prompt_ids[:1] if pair.prompt_ids[0] == bos_id else ()
     room = max_length - max(len(pair.chosen_ids), len(pair.rejected_ids)) - len(kept)
-    return (
-        TokenizedPair.of(kept + pair.prompt_ids[-room:], pair.chosen_ids, pair.rejected_ids) if room > 0 else "too long"
-    )
+    if room <= 0:
+        return "too long"
+    return _renamed(replace(pair, prompt_ids=kept + pair.prompt_ids[-room:]))
 
 
 def _cut_responses(pair: TokenizedPair, max_length: int) -> TokenizedPair | DropReason:
     room = max(0, max_length - len(pair.prompt_ids))
-    chosen_ids, rejected_ids = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    cut = _renamed(pair.shortened(room))
     # What is left must differ somewhere: the same tokens on both sides have a loss and no gradient.
-    return TokenizedPair.of(pair.prompt_ids, chosen_ids, rejected_ids) if chosen_ids != rejected_ids else "too long"
+    return cut if _differs_where_scored(cut) else "too long"
+
+
+def _renamed(pair: TokenizedPair) -> TokenizedPair:
+    return TokenizedPair.of(
+        pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.chosen_scored, pair.rejected_scored
+    )

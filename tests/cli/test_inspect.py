@@ -150,6 +150,19 @@ def test_scored_tokens_are_coloured_on_a_terminal_only(files, capsys, monkeypatc
     assert "\x1b" not in inspected(capsys).out
 
 
+def test_what_others_say_between_scored_turns_is_not_coloured(files, capsys, monkeypatch):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
+    template += "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    small_tokenizer(files / "tokens", template=template)
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    write(files / "pairs.jsonl", [{"chosen": turns, "rejected": [turns[0], turns[3]]}])
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said = inspected(capsys, "--model.tokenizer", "tokens", "--data.scored", "all_assistant_turns").out
+    end = "\x1b[32m\x1b[7m<eos>\x1b[0m"
+    assert f"  chosen  \x1b[32mb\x1b[0m{end}<user>c<assistant>\x1b[0m\x1b[32md\x1b[0m{end}\n" in said
+
+
 def test_what_a_terminal_would_obey_is_shown_and_not_sent(files, capsys):
     write(files / "pairs.jsonl", [{"prompt": "a\x1b[2J\n", "chosen": "\x07", "rejected": "\u202e"}] * 4)
     said = inspected(capsys).out

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,21 @@ def test_the_last_prompt_token_predicts_the_first_token_of_both_packed_responses
 def test_a_packed_stand_in_counts_for_nothing():
     stand_in = packed_batch(PAIRS[:1], weight=0.0)
     assert (stand_in.tokens, stand_in.filled, stand_in.weights.tolist()) == (0, 0, [0.0])
+
+
+MASKED = TokenizedPair("c", (11, 12), (21, 22, 23, 24), (31, 32), (True, False, False, True), (True, True))
+
+
+@pytest.mark.parametrize("layout", [padded_batch, packed_batch])
+def test_what_is_not_scored_is_read_and_neither_predicted_nor_counted(layout):
+    batch = layout([PAIRS[1], MASKED])
+    whole = layout([PAIRS[1], replace(MASKED, chosen_scored=None, rejected_scored=None)])
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert (batch.tokens, batch.filled, batch.spans) == (whole.tokens, whole.filled, whole.spans)
+    assert batch.targets.tolist() == [24, 21, 24, 32, 33, 31, 32]
+    assert batch.input_ids.flatten()[batch.predicted_at].tolist() == [13, 12, 23, 13, 32, 12, 31]
+    assert batch.response_of.tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert batch.response_tokens.tolist() == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("layout", "count"), [(padded_batch, 6), (packed_batch, 7)])

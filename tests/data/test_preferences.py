@@ -152,6 +152,75 @@ def test_sharegpt_speakers_become_roles_and_a_system_column_the_first_turn():
     assert read({"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER_GPT, "system": ""}) == PAIR_OF_MESSAGES
 
 
+MORE, ANSWER, OTHER_ANSWER = (
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "So."},
+    {"role": "assistant", "content": "Hm."},
+)
+
+
+def said(*turns):
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # They differ from the first answer on.
+        (
+            {"chosen": [QUESTION, GOOD, MORE, ANSWER], "rejected": [QUESTION, BAD, MORE, OTHER_ANSWER]},
+            Preference(said(QUESTION), said(GOOD, MORE, ANSWER), said(BAD, MORE, OTHER_ANSWER)),
+        ),
+        # One is shorter, and the column with the prompt repeats its beginning.
+        (
+            {"prompt": [QUESTION], "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD, MORE, ANSWER]},
+            Preference(said(QUESTION), said(GOOD), said(BAD, MORE, ANSWER)),
+        ),
+        # What both share is the prompt, however long.
+        (
+            {"chosen": [QUESTION, GOOD, MORE, ANSWER], "rejected": [QUESTION, GOOD, MORE, OTHER_ANSWER]},
+            Preference(said(QUESTION, GOOD, MORE), said(ANSWER), said(OTHER_ANSWER)),
+        ),
+        # They go on where the prompt ends.
+        (
+            {"prompt": [QUESTION], "chosen": [GOOD, MORE, ANSWER], "rejected": [BAD]},
+            Preference(said(QUESTION), said(GOOD, MORE, ANSWER), said(BAD)),
+        ),
+        ({"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]}, PAIR_OF_MESSAGES),
+        ({"prompt": "Why?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, PAIR_OF_MESSAGES),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b"}, Preference("Q", "a", "b")),
+        ({"prompt": "Who?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, "prompts differ"),
+        ({"chosen": [QUESTION, GOOD], "rejected": [MORE, BAD]}, "prompts differ"),
+        # The user said another thing first, or only one side goes on.
+        (
+            {"chosen": [QUESTION, GOOD, MORE, ANSWER], "rejected": [QUESTION, GOOD, QUESTION, OTHER_ANSWER]},
+            "prompts differ",
+        ),
+        ({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, GOOD, MORE, ANSWER]}, None),
+        ({"chosen": [QUESTION, GOOD, MORE], "rejected": [QUESTION, BAD]}, "not text"),
+        ({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, GOOD]}, "identical responses"),
+        (
+            {"chosen": [QUESTION, {**GOOD, "content": ""}, MORE, ANSWER], "rejected": [QUESTION, BAD]},
+            "empty response",
+        ),
+    ],
+)
+def test_all_turns_of_the_assistant_behind_what_both_sides_share_are_the_response(row, expected):
+    (found,) = read_preferences(row, columns={}, where="", scored="all_assistant_turns")
+    if expected is None:  # told apart by their tokens alone
+        assert (found.chosen, found.rejected) == (said(GOOD), said(GOOD, MORE, ANSWER))
+    else:
+        assert found == expected
+
+
+def test_by_default_conversations_may_differ_in_their_last_turn_only():
+    assert (
+        read({"chosen": [QUESTION, GOOD, MORE, ANSWER], "rejected": [QUESTION, BAD, MORE, ANSWER]}) == "prompts differ"
+    )
+    assert read({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD, MORE, ANSWER]}) == "prompts differ"
+    assert read({"prompt": [QUESTION], "chosen": [GOOD, MORE, ANSWER], "rejected": [BAD]}) == "prompts differ"
+
+
 ADD = {"name": "add", "arguments": {"a": 1}}
 CALL = '{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}'
 

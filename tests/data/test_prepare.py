@@ -33,9 +33,9 @@ def write(path, rows):
     return Source(str(path))
 
 
-def run(sources, tokenizer, folder, *, max_length=9, truncation=None, max_dropped=1.0):
+def run(sources, tokenizer, folder, *, max_length=9, truncation=None, max_dropped=1.0, **more):
     return prepare(
-        sources, tokenizer, max_length=max_length, truncation=truncation, max_dropped=max_dropped, folder=folder
+        sources, tokenizer, max_length=max_length, truncation=truncation, max_dropped=max_dropped, folder=folder, **more
     )
 
 
@@ -114,6 +114,28 @@ def test_the_key_follows_content_columns_tokenizer_and_settings_but_not_the_plac
         run([source, source], tokenizer, folder).manifest.key,
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_what_is_scored_of_several_turns_is_kept_with_the_pair_and_is_part_of_the_key(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    tokenizer = small_tokenizer(tmp_path / "tokenizer", template=template)
+    user, *answers = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "x"), ("assistant", "y")))
+    rows = [
+        {"chosen": [user, answers[0], user, answers[1]], "rejected": [user, answers[1]]},
+        {"chosen": [user, answers[0]], "rejected": [user, answers[1]]},
+    ]
+    source, folder = write(tmp_path / "rows.jsonl", rows), tmp_path / "data"
+    whole = run([source], tokenizer, folder, max_length=20, scored="all_assistant_turns")
+    ids = tokenizer.encode
+    assert [whole.pair(0), whole.pair(1)] == [
+        TokenizedPair.of(ids("uqa"), ids("xuqay<eos>"), ids("y<eos>"), (True, *[False] * 3, True, True), None),
+        TokenizedPair.of(ids("uqa"), ids("x<eos>"), ids("y<eos>")),
+    ]
+    last = run([source], tokenizer, folder, max_length=20)
+    assert (last.dropped, last.pair(0)) == ({"prompts differ": 1}, whole.pair(1))
+    assert last.manifest.key != whole.manifest.key
 
 
 def test_a_file_that_changed_is_read_again(tokenizer, tmp_path):

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from itertools import groupby
+
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
@@ -151,13 +154,65 @@ def test_a_thought_that_the_template_writes_into_the_answer_is_scored(tmp_path):
 def test_a_pair_whose_tokens_would_merge_is_told_from_one_whose_would_not(tmp_path, prompt, chosen, rejected, merges):
     tokenizer = small_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}")
     assert merges_at_boundary(Preference(prompt, chosen, rejected), tokenizer) is merges
-    messages = [(Message("user", text),) for text in (prompt, chosen, rejected)]
+    texts = zip(("user", "assistant", "assistant"), (prompt, chosen, rejected), strict=True)
+    messages = [(Message(role, text),) for role, text in texts]
     assert merges_at_boundary(Preference(*messages), tokenizer) is merges
 
 
 def test_a_conversation_that_the_template_refuses_is_dropped(tmp_path):
     tokenizer = small_tokenizer(tmp_path, template=GEMMA, bos="<bos>")
     assert tokenize(conversation(first_role="system"), tokenizer) == "refused by the chat template"
+
+
+def scored_of(tokenizer, ids, scored):
+    """The runs of scored tokens, and those of the others."""
+    runs = [
+        (is_scored, [ids[place] for place, _ in run]) for is_scored, run in groupby(enumerate(scored), lambda t: t[1])
+    ]
+    return [run for is_scored, run in runs if is_scored], [run for is_scored, run in runs if not is_scored]
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "newline"), [(CHATML, "<|end|>", "\n"), (LLAMA_2, "<eos>", "")], ids=["ChatML", "Llama 2"]
+)
+def test_of_several_turns_the_assistants_are_scored_up_to_their_eos_and_the_others_are_given(
+    tmp_path, template, end, newline
+):
+    tokenizer = small_tokenizer(tmp_path, template=template, bos="<bos>", eos=end)
+    question, more = Message("user", "Why?"), Message("user", "And?")
+    first, last, other = (Message("assistant", text) for text in ("good", "so", "bad"))
+    pair = tokenize(Preference((question,), (first, more, last), (other,)), tokenizer)
+    blank = " " if template is LLAMA_2 else ""
+    between = {CHATML: "\n<user>\nAnd?<|end|>\n<assistant>\n", LLAMA_2: "[INST] And? [/INST]"}
+    turns, others = scored_of(tokenizer, pair.chosen_ids, pair.chosen_scored)
+    assert turns == [[*tokenizer.encode(f"{blank}{text}{blank}"), tokenizer.eos_id] for text in ("good", "so")]
+    assert others == [tokenizer.encode(between[template])]
+    assert pair.rejected_scored is None
+    assert pair.rejected_ids == (*tokenizer.encode(f"{blank}bad{blank}"), tokenizer.eos_id)
+    alone = tokenize(Preference((question,), (first,), (other,)), tokenizer)
+    assert (alone.prompt_ids, alone.rejected_ids) == (pair.prompt_ids, pair.rejected_ids)
+    assert (alone.chosen_ids, alone.chosen_scored) == (pair.chosen_ids[: len(turns[0])], None)
+
+
+def test_turns_that_only_another_than_the_assistant_makes_different_are_other_prompts(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template=CHATML, eos="<|end|>")
+    good, more, bad = Message("assistant", "good"), Message("user", "And?"), Message("assistant", "bad")
+    assert tokenize(Preference((Message("user", "Why?"),), (good,), (good, more, bad)), tokenizer) == "prompts differ"
+
+
+def test_a_pair_is_cut_at_the_end_with_what_is_scored_of_it(tmp_path):
+    tokenizer = small_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}", eos=".")
+    turns = [Message("user", "Q"), Message("assistant", "xy"), Message("user", "r"), Message("assistant", "z")]
+    preference = Preference((turns[0],), tuple(turns[1:]), (Message("assistant", "xw"),))
+    whole = tokenize(preference, tokenizer)
+    assert whole.chosen_scored == (True, True, False, True, True)
+    cut = tokenize(preference, tokenizer, 4, "response_end")
+    assert cut == TokenizedPair.of(
+        whole.prompt_ids, whole.chosen_ids[:3], whole.rejected_ids, whole.chosen_scored[:3], None
+    )
+    assert tokenize(preference, tokenizer, 2, "response_end") == "too long"
+    shorter = tokenize(replace(preference, prompt=(Message("user", "PQ"),)), tokenizer, 6, "prompt_start")
+    assert shorter == whole
 
 
 TOOLS = '[{"type": "function", "function": {"name": "add"}}]'
@@ -290,6 +345,10 @@ def test_a_pair_is_named_by_its_tokens():
     assert name == TokenizedPair.of((1,), (2, 3), (4,)).id
     assert len(name) == 32
     assert name not in {TokenizedPair.of([1, 2], [3], [4]).id, TokenizedPair.of([1], [4], [2, 3]).id}
+    masked = [((True, True), (True,)), ((True, False), None), (None, (False,)), ((True, False), (False,))]
+    names = [TokenizedPair.of([1], [2, 3], [4], *masks).id for masks in masked]
+    assert names[0] == name
+    assert len(set(names)) == 4
 
 
 def test_scored_tokens_of_real_rows_decode_to_the_responses(material):

@@ -27,6 +27,7 @@ AWKWARD = st.sampled_from(
 )
 ANY_TEXT = st.lists(AWKWARD | CHARACTERS, max_size=12).map("".join)
 CORPUS = ["the tea is hot and the soup is hot", "why is the sky blue, and the sea?\n\n", LETTERS] * 20
+ROLES = ("user", "assistant", "user", "assistant", "user", "assistant")
 TEMPLATE = (
     "<bos>{% for m in messages %}<{{ m.role }}>\n{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>\n{% endif %}"
@@ -204,3 +205,18 @@ def test_a_rendered_conversation_is_its_prompt_and_its_scored_tokens(chat, turns
     for ids, text in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
         assert chat.decode(list(ids)) == f"{text}<eos>"
         assert ids.count(chat.tokenizer.eos_id) == 1
+
+
+@many
+@given(texts=st.lists(ANY_TEXT.filter(str.strip), min_size=6, max_size=6), turns=st.integers(1, 3), other=ANY_TEXT)
+def test_the_scored_tokens_of_a_conversation_are_the_turns_of_the_assistant(chat, texts, turns, other):
+    assume(other.strip() and other != texts[1])
+    said = tuple(Message(role, text) for role, text in zip(ROLES, texts, strict=True))[: 2 * turns]
+    pair = tokenized(chat.tokenizer, said[:1], said[1:], (Message("assistant", other),))
+    scored = pair.chosen_scored or (True,) * len(pair.chosen_ids)
+    kept = [token for token, is_scored in zip(pair.chosen_ids, scored, strict=True) if is_scored]
+    given = [token for token, is_scored in zip(pair.chosen_ids, scored, strict=True) if not is_scored]
+    assert chat.decode(kept) == "".join(f"{text}<eos>" for text in texts[1 : 2 * turns : 2])
+    others = texts[2 : 2 * turns : 2]
+    assert chat.decode(given) == "".join(f"\n<user>\n{text}<eos>\n<assistant>\n" for text in others)
+    assert chat.decode(list(pair.rejected_ids)) == f"{other}<eos>"

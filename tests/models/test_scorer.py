@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from dpo_ds.data.batch import packed_batch, padded_batch
+from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.models.attention import sharing_prompts
 from dpo_ds.models.scorer import Scorer
 from tests.models.test_attention import LENGTHS, random_pairs
 from tests.models.tiny_models import FAMILIES, tiny_model
@@ -16,6 +19,21 @@ def test_attention_models_prove_that_they_can_be_packed_and_keep_their_attention
     assert Scorer(model).differs_when_packed(PAIRS, device=CPU) < 1e-5
     assert Scorer(model).why_not_packed(PAIRS, bound=1e-5, device=CPU) is None
     assert model.config._attn_implementation == own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [packed_batch, padded_batch])
+def test_only_the_scored_tokens_of_a_response_add_to_its_log_prob(layout):
+    model = tiny_model("llama")
+    pair = TokenizedPair("", (3, 4), (5, 6, 7, 8), (9, 10), (True, False, False, True), None)
+    with sharing_prompts(model):
+        chosen, rejected = Scorer(model)(layout([pair])).flatten().tolist()
+
+    def logps(ids):
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)[range(len(ids) - 1), ids[1:]]
+
+    assert chosen == pytest.approx(float(logps([3, 4, 5, 6, 7, 8])[[1, 4]].sum()), abs=1e-5)
+    assert rejected == pytest.approx(float(logps([3, 4, 9, 10])[1:].sum()), abs=1e-5)
 
 
 def test_a_state_that_runs_through_the_row_shows_as_a_difference():
