@@ -25,7 +25,7 @@ from dpo_ds.errors import RunError, Stopped, UserError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
 from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, starts_equal
 from dpo_ds.learning_rate import learning_rate
-from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss
+from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss, starting_losses
 from dpo_ds.metrics import Tally, add_pairs, add_work
 from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
@@ -115,16 +115,20 @@ class Trainer:
         """
         if not starts_equal(self._engines, world=self._world, same_source=same_source, cached=self._cached):
             return False
-        tally = Tally(self._world.device)
+        tally, settings = Tally(self._world.device), self._config.loss
         for batch, reference in self._scored_by_equal_weights():
-            loss, logps = self._compare(batch, reference)
-            add_pairs(tally, loss, logps, weights=batch.weights)
-        settings = self._config.loss
-        check_first_loss(
-            tally.means(self._world.sum(tally.packed()))["loss"],
-            expected=LOSSES[settings.type].at_zero_margin(settings.beta),
-            dtype=self._engines.policy.dtype,
-        )
+            loss, _ = self._compare(batch, reference)
+            expected = starting_losses(
+                batch.labels,
+                pairs=len(batch.weights),
+                type=settings.type,
+                beta=settings.beta,
+                label_smoothing=settings.label_smoothing,
+            )
+            tally.add("loss", loss.losses, weights=batch.weights)
+            tally.add("expected", expected, weights=batch.weights)
+        means = tally.means(self._world.sum(tally.packed()))
+        check_first_loss(means["loss"], expected=means["expected"], dtype=self._engines.policy.dtype)
         return True
 
     def run(self, start: Progress = Progress()) -> Trained:  # noqa: B008 (immutable)
@@ -388,6 +392,7 @@ class Trainer:
             beta=settings.beta,
             label_smoothing=settings.label_smoothing,
             reduction=settings.reduction,
+            labels=batch.labels,
         )
         return loss, logps
 

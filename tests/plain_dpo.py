@@ -12,11 +12,14 @@ import torch
 
 @dataclass
 class PlainPair:
-    """Token ids of one pair."""
+    """Token ids of one pair, and what its data say of it."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    probability: float = 1.0
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 def response_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -50,7 +53,10 @@ def dpo_losses(
             policy_margin = response_logp(model, pair.prompt, pair.chosen) - response_logp(
                 model, pair.prompt, pair.rejected
             )
-            loss = -torch.nn.functional.logsigmoid(beta * (policy_margin - reference_margin)) / len(pairs)
+            logit = beta * (policy_margin - reference_margin) - pair.margin
+            likely, unlikely = torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)
+            mixed = pair.probability * likely + (1 - pair.probability) * unlikely
+            loss = -pair.weight * mixed / len(pairs)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

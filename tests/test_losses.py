@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_ds.losses import LOSSES, PairLogps, preference_loss
+from dpo_ds.losses import LOSSES, PairLabels, PairLogps, preference_loss, starting_losses
 
 # Three pairs: (policy chosen, policy rejected, reference chosen, reference rejected, chosen tokens, rejected tokens).
 PAIRS = [
@@ -86,6 +86,93 @@ def test_ipo_over_sums_is_the_equation_of_the_paper():
     assert_losses(losses, [12.25, 169.0, 25.0])
 
 
+# Of the three pairs.
+PROBABILITIES, MARGINS, WEIGHTS = [0.9, 0.3, 1.0], [0.5, -1.0, 0.25], [2.0, 0.5, 3.0]
+
+
+def given(**values: list[float]) -> PairLabels:
+    return PairLabels(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+def test_a_soft_label_mixes_the_loss_of_the_label_and_of_its_opposite():
+    losses = preference_loss(pair_logps(), type="sigmoid", beta=0.3, labels=given(probabilities=PROBABILITIES)).losses
+    x = [0.3 * margin(row) for row in PAIRS]
+    assert_losses(losses, [p * softplus(-x) + (1 - p) * softplus(x) for p, x in zip(PROBABILITIES, x, strict=True)])
+
+
+def test_a_soft_label_of_the_length_normalised_loss_mixes_its_losses():
+    logps, labels = pair_logps(), given(probabilities=PROBABILITIES)
+    losses = preference_loss(logps, type="sigmoid_norm", beta=2.0, labels=labels).losses
+    x = [2.0 * margin(row, mean=True) for row in PAIRS]
+    assert_losses(losses, [p * softplus(-x) + (1 - p) * softplus(x) for p, x in zip(PROBABILITIES, x, strict=True)])
+
+
+def test_a_soft_label_of_a_smoothed_loss_is_wrong_where_one_of_the_two_is():
+    labels = given(probabilities=PROBABILITIES)
+    losses = preference_loss(pair_logps(), type="sigmoid", beta=0.3, label_smoothing=0.2, labels=labels).losses
+    # 0.9 * 0.8 + 0.1 * 0.2, 0.3 * 0.8 + 0.7 * 0.2, 0.8.
+    x = [0.3 * margin(row) for row in PAIRS]
+    right = [0.74, 0.38, 0.8]
+    assert_losses(losses, [p * softplus(-x) + (1 - p) * softplus(x) for p, x in zip(right, x, strict=True)])
+
+
+@pytest.mark.parametrize(("type", "mean"), [("sigmoid", False), ("sigmoid_norm", True)])
+def test_a_margin_is_subtracted_inside_the_sigmoid(type, mean):
+    labels = given(probabilities=PROBABILITIES, margins=MARGINS)
+    losses = preference_loss(pair_logps(), type=type, beta=0.3, labels=labels).losses
+    x = [0.3 * margin(row, mean=mean) - m for row, m in zip(PAIRS, MARGINS, strict=True)]
+    assert_losses(losses, [p * softplus(-x) + (1 - p) * softplus(x) for p, x in zip(PROBABILITIES, x, strict=True)])
+
+
+def test_a_margin_moves_the_hinge():
+    losses = preference_loss(pair_logps(), type="hinge", beta=0.8, labels=given(margins=MARGINS)).losses
+    # 1 + 0.5 - 0.8 * 1.5, 1 - 1 + 0.8 * 8, 1 + 0.25.
+    assert_losses(losses, [0.3, 6.4, 1.25])
+
+
+@pytest.mark.parametrize("type", LOSSES)
+def test_a_weight_multiplies_the_loss_of_its_pair_and_leaves_the_rewards(type):
+    plain = preference_loss(pair_logps(), type=type, beta=0.3)
+    weighted = preference_loss(pair_logps(), type=type, beta=0.3, labels=given(weights=WEIGHTS))
+    assert_losses(weighted.losses, [w * loss for w, loss in zip(WEIGHTS, plain.losses.tolist(), strict=True)])
+    assert torch.equal(weighted.margins, plain.margins)
+
+
+def test_margins_and_soft_labels_leave_the_rewards():
+    plain = preference_loss(pair_logps(), type="sigmoid", beta=0.3)
+    labels = given(probabilities=PROBABILITIES, margins=MARGINS)
+    assert torch.equal(preference_loss(pair_logps(), type="sigmoid", beta=0.3, labels=labels).margins, plain.margins)
+
+
+def test_labels_that_say_nothing_change_nothing():
+    for type in ("sigmoid", "sigmoid_norm"):
+        plain = preference_loss(pair_logps(), type=type, beta=0.3, label_smoothing=0.1)
+        ones, zeros = [1.0] * 3, [0.0] * 3
+        labels = given(probabilities=ones, margins=zeros, weights=ones)
+        same = preference_loss(pair_logps(), type=type, beta=0.3, label_smoothing=0.1, labels=labels)
+        assert torch.equal(plain.losses, same.losses)
+
+
+def test_what_a_loss_does_not_know_of_labels_is_refused():
+    with pytest.raises(ValueError, match="the hinge loss knows no soft labels"):
+        preference_loss(pair_logps(), type="hinge", beta=0.1, labels=given(probabilities=PROBABILITIES))
+    with pytest.raises(ValueError, match="the ipo loss knows no margins"):
+        preference_loss(pair_logps(), type="ipo", beta=0.1, labels=given(margins=MARGINS))
+
+
+def test_the_losses_of_equal_weights_follow_from_the_labels_alone():
+    labels = given(probabilities=PROBABILITIES, margins=MARGINS, weights=WEIGHTS)
+    found = starting_losses(labels, pairs=3, type="sigmoid", beta=0.3)
+    # The rewards are 0, so that x = -m.
+    rows = zip(PROBABILITIES, MARGINS, WEIGHTS, strict=True)
+    assert_losses(found.double(), [w * (p * softplus(m) + (1 - p) * softplus(-m)) for p, m, w in rows])
+    hinge = starting_losses(given(margins=MARGINS, weights=WEIGHTS), pairs=3, type="hinge", beta=0.3)
+    assert_losses(hinge.double(), [2 * 1.5, 0.0, 3 * 1.25])
+    ipo = starting_losses(given(weights=WEIGHTS), pairs=3, type="ipo", beta=0.5)
+    assert_losses(ipo.double(), WEIGHTS)
+    assert starting_losses(PairLabels(), pairs=2, type="ipo", beta=0.1).tolist() == [25.0, 25.0]
+
+
 def test_rewards_are_beta_times_log_ratios_and_detached():
     logps = pair_logps()
     logps.policy_chosen.requires_grad_()
@@ -139,6 +226,11 @@ def test_loss_and_gradient_stay_finite_at_extreme_margins(type, label_smoothing,
 def test_gradients_are_those_of_finite_differences(type, reduction):
     logps = pair_logps()
     label_smoothing = 0.1 if LOSSES[type].smooths_labels else 0.0
+    labels = given(
+        weights=WEIGHTS,
+        **({"probabilities": PROBABILITIES} if LOSSES[type].smooths_labels else {}),
+        **({"margins": MARGINS} if LOSSES[type].takes_margins else {}),
+    )
 
     def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
         moved = PairLogps(
@@ -149,7 +241,9 @@ def test_gradients_are_those_of_finite_differences(type, reduction):
             logps.chosen_tokens,
             logps.rejected_tokens,
         )
-        return preference_loss(moved, type=type, beta=0.3, label_smoothing=label_smoothing, reduction=reduction).losses
+        return preference_loss(
+            moved, type=type, beta=0.3, label_smoothing=label_smoothing, reduction=reduction, labels=labels
+        ).losses
 
     inputs = (logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_())
     assert torch.autograd.gradcheck(losses, inputs)

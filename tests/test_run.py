@@ -126,6 +126,33 @@ def test_six_steps_lose_what_a_plain_loop_loses_on_any_number_of_ranks(run, plai
     assert plain_losses[-1] < plain_losses[0] - 0.01, "the steps are too small to tell anything"
 
 
+def test_soft_labels_margins_and_weights_lose_what_a_plain_loop_loses(run, tiny_chat):
+    given = [{"p": 1 - 0.1 * (n % 4), "m": 0.2 * (n % 3) - 0.1, "w": 0.5 + n % 5} for n in range(12)]
+    rows = [{**row, **numbers} for row, numbers in zip(rows_of_words(12), given, strict=True)]
+    source = {"path": "pairs.jsonl", "columns": {"probability": "p", "margin": "m", "weight": "w"}}
+    finished, out = run(2, rows=rows, data={"train": [source], "eval": [source]}, train={"tokens_per_micro_batch": 100})
+    finished.expect_success()
+    assert "policy and reference have equal weights and score alike" in finished.outputs[0]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    pairs = [
+        PlainPair(
+            ids(row["prompt"]), [*ids(row["chosen"]), 1], [*ids(row["rejected"]), 1], row["p"], row["m"], row["w"]
+        )
+        for row in rows
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
+    plain = dpo_losses(model, [pairs[:4], pairs[4:8], pairs[8:]], beta=0.1, learning_rate=1e-3, clip=1.0)
+    assert losses(out) == pytest.approx(plain, abs=1e-5)
+    starts = [
+        w * (p * math.log1p(math.exp(m)) + (1 - p) * math.log1p(math.exp(-m))) for p, m, w in map(dict.values, given)
+    ]
+    assert lines(out, "eval")[0]["loss"] == pytest.approx(sum(starts) / 12, abs=1e-6)
+
+
 def test_one_rank_by_four_is_two_by_two_is_four_by_one(run, plain_losses):
     # The longest pair takes 2 x 47 tokens, so that a budget of 100 holds one pair.
     by_split = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ _ROWS_NAMED = 100  # of each reason in the object, a tenth of them in the text
 _SHOWN_CHARACTERS = 240
 _GREEN, _RED, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[7m", "\x1b[0m"
 _PARTS = ("prompt", "chosen", "rejected")
+_NUMBERS = ("probability", "margin", "weight")
 
 
 class Decoder(NamedTuple):
@@ -89,6 +91,7 @@ class Findings:
         bos_repeated: pairs with more than one BOS.
         eos_last: responses that end with EOS.
         eos_inside: responses with another EOS within.
+        numbers: probabilities, margins and weights of the pairs that have one.
         samples: places and tokens of some pairs.
     """
 
@@ -107,6 +110,7 @@ class Findings:
     bos_repeated: int = 0
     eos_last: int = 0
     eos_inside: int = 0
+    numbers: dict[str, list[float]] = field(default_factory=dict)
     samples: list[tuple[str, TokenizedPair]] = field(default_factory=list)
 
     @property
@@ -224,6 +228,9 @@ def _count(findings: Findings, pair: TokenizedPair, tokenizer: Tokenizer) -> Non
     findings.prompts.add(TokenizedPair.of(pair.prompt_ids, (), ()).id)
     findings.turned += TokenizedPair.of(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids).id in findings.ids
     findings.ids.add(pair.id)
+    for name in _NUMBERS:
+        if (value := getattr(pair, name)) is not None:
+            findings.numbers.setdefault(name, []).append(value)
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     findings.bos_first += pair.prompt_ids[0] == bos
     # Where BOS and EOS are one token, as GPT-2's are, only the first place tells of BOS.
@@ -279,6 +286,10 @@ def _counts(findings: Findings, decoder: Decoder) -> dict[str, Any]:
         "boundary_merges": findings.merges,
         "bos": {"first": findings.bos_first, "repeated": findings.bos_repeated},
         "eos": {"last": findings.eos_last, "inside": findings.eos_inside},
+        "labels": {
+            name: {"pairs": len(values), "least": min(values), "mean": fmean(values), "largest": max(values)}
+            for name, values in findings.numbers.items()
+        },
         "samples": [
             {"row": name, **{part: _shown(getattr(pair, f"{part}_ids"), decoder) for part in _PARTS}}
             for name, pair in findings.samples
@@ -341,7 +352,7 @@ def _text(
         ):
             painted = _painted(ids, decoder, colour=colour if coloured else None, keep_end=False, scored=scored)
             lines.append((part, painted))
-    return "\n".join(f"{name:>10}  {text}".rstrip() for name, text in lines)
+    return "\n".join(f"{name:>11}  {text}".rstrip() for name, text in lines)
 
 
 def _described(name: str, findings: Findings, max_dropped: float) -> Iterator[tuple[str, str]]:
@@ -367,6 +378,8 @@ def _described(name: str, findings: Findings, max_dropped: float) -> Iterator[tu
         f"{doubles} pairs occur again, {findings.turned} with chosen and rejected exchanged; "
         f"{len(findings.prompts)} different prompts",
     )
+    for name, values in findings.numbers.items():
+        yield name, f"{min(values):g} to {max(values):g}, {fmean(values):.3g} on average, of {len(values)} pairs"
     yield "boundary", f"{findings.merges} pairs have tokens that one encoding of prompt and response would merge"
 
 

@@ -225,6 +225,15 @@ def _check_loss(config: RunConfig) -> None:
             f"loss.label_smoothing must be 0 for the {loss.type} loss, which has no smoothed form, got "
             f"{loss.label_smoothing}"
         )
+    knows = {"probability": LOSSES[loss.type].smooths_labels, "margin": LOSSES[loss.type].takes_margins}
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval or ())):
+        for place, source in enumerate(sources):
+            for name in knows:
+                if name in source.columns and not knows[name]:
+                    raise UserError(
+                        f"{key}[{place}].columns.{name} must be left out for the {loss.type} loss, which knows no "
+                        f"{name}, got {source.columns[name]!r}; loss.type sigmoid knows it"
+                    )
 
 
 def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:

@@ -39,7 +39,8 @@ class DataSource:
         path: file, folder or hub id.
         weight: how often its pairs are drawn, relative to their number.
         split: the split's name where there are several.
-        columns: our column names mapped to the data set's, where these differ; prompt and label may be several.
+        columns: our column names mapped to the data set's, where these differ; prompt and label may be several. Those
+            that are read only where they are named: tools, probability, margin and weight, of each row.
     """
 
     path: str

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.losses import PairLabels
 
 
 class Span(NamedTuple):
@@ -49,6 +50,9 @@ class PairBatch:
         response_of: ``(scored,)``, in ``[0, 2 * pairs)``.
         response_tokens: ``(2 * pairs,)``, scored tokens of each response.
         weights: ``(pairs,)``, 1 for a real pair, 0 for a stand-in.
+        probabilities: ``(pairs,)``, as in ``PairLabels``, as the next two are.
+        margins: ``(pairs,)`` or None.
+        loss_weights: ``(pairs,)`` or None.
         tokens: tokens of the pairs, each prompt counted once, stand-ins not at all.
         filled: positions of ``input_ids`` that are neither padding nor a stand-in's.
         position_ids: ``(rows, length)``, each token's distance from the first token of its prompt; None: its column.
@@ -65,6 +69,14 @@ class PairBatch:
     filled: int
     position_ids: Tensor | None = None
     spans: tuple[Span, ...] = ()
+    probabilities: Tensor | None = None
+    margins: Tensor | None = None
+    loss_weights: Tensor | None = None
+
+    @property
+    def labels(self) -> PairLabels:
+        """What the data say of the pairs beside which response is the better one."""
+        return PairLabels(self.probabilities, self.margins, self.loss_weights)
 
     def to(self, device: torch.device) -> "PairBatch":
         """Returns the batch with its tensors on ``device``."""
@@ -172,4 +184,14 @@ def _batch(
         filled=filled if weight else 0,
         position_ids=position_ids,
         spans=spans,
+        probabilities=_numbers([pair.probability for pair in pairs], otherwise=1),
+        margins=_numbers([pair.margin for pair in pairs], otherwise=0),
+        loss_weights=_numbers([pair.weight for pair in pairs], otherwise=1),
     )
+
+
+def _numbers(values: Sequence[float | None], *, otherwise: float) -> Tensor | None:
+    """Returns ``(pairs,)``, None where no pair has such a number."""
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([otherwise if value is None else value for value in values], dtype=torch.float32)

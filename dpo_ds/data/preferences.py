@@ -5,8 +5,9 @@ length and no order may enter.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -25,6 +26,7 @@ DropReason = Literal[
     "tie",
     "tools not understood",
     "tools ignored",
+    "weight not above 0",
     "refused by the chat template",
     "too long",
 ]
@@ -39,9 +41,15 @@ Scored = Literal["last_turn", "all_assistant_turns"]
 Columns = Mapping[str, str | list[str]]
 """Our names of a row's columns, and the row's own."""
 
-_COLUMNS = ("prompt", "chosen", "rejected", "output_1", "output_2", "label", "answers", "tools")
-_ONLY_IF_NAMED = ("tools",)
+_NUMBERS: Mapping[str, tuple[Callable[[float], bool], DropReason]] = {
+    "probability": (lambda value: 0 <= value <= 1, "label not understood"),
+    "margin": (lambda value: True, "label not understood"),
+    "weight": (lambda value: value > 0, "weight not above 0"),
+}
+"""Columns with a number for a pair: which ones make sense, and why a row with another is dropped."""
+_ONLY_IF_NAMED = ("tools", *_NUMBERS)
 """Columns that change what a pair says although rows without them are whole: the run file has to ask for them."""
+_COLUMNS = ("prompt", "chosen", "rejected", "output_1", "output_2", "label", "answers", *_ONLY_IF_NAMED)
 _PAIR = ("chosen", "rejected")
 _LABELLED = ("prompt", "output_1", "output_2", "label")
 _RANKED = ("prompt", "answers")
@@ -94,12 +102,18 @@ class Preference:
             other of the assistant's; those between were written by others.
         rejected: the same kind as ``chosen``.
         tools: what the assistant may call, as a JSON list; empty for nothing.
+        probability: that the chosen response is the better one; None: no soft label.
+        margin: by how much its reward has to be the larger; None: by nothing.
+        weight: factor of the pair's loss; None: 1.
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
     tools: str = ""
+    probability: float | None = None
+    margin: float | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,8 @@ class Source:
             ``.gz`` or ``.zst`` behind, a glob or a folder of them, or a hub id.
         split: the part of a folder or hub data set; a single file has only ``train``.
         columns: what this source calls ``prompt``, ``chosen``, ``rejected``, ``output_1``, ``output_2``, ``label`` and
-            ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns. ``tools`` is
-            read only where it is named here.
+            ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns. ``tools``,
+            ``probability``, ``margin`` and ``weight`` are read only where they are named here.
         weight: the source's share among several; None or 1.
 
     Raises:
@@ -151,10 +165,14 @@ def read_preferences(
     ``tool_calls`` or as a turn from ``function_call``; arguments that are the JSON of an object become that object,
     which is what templates expect.
 
+    What changes a pair's loss has to be named in ``columns``, and then stands in every row, as a number or its text:
+    ``probability`` in [0, 1] that ``chosen`` or ``output_1`` is the better one, in place of ``label`` and with 0.5 for
+    a tie; ``margin``, any number; ``weight`` above 0. Ranked answers take a weight, for each of their pairs.
+
     The two sides of a row are one prompt and two responses. With ``last_turn`` a response is the last turn, and all
     before it must be the same on both sides. With ``all_assistant_turns`` the prompt is the turns that both sides begin
     with, and the response all behind them, of which the assistant's turns are scored and the others are given, as in
-    Xiong et al. 2024, section 3, arXiv:2409.02392. The assistant's turns within the prompt need no score: the same
+    M-DPO, Xiong et al. 2024, arXiv:2409.02392. The assistant's turns within the prompt need no score: the same
     tokens behind the same tokens add as much to both sides, and their difference is what a loss sees. Both sides must
     first differ in a turn of the assistant's, else their prompts differ. Plain text has no turns, transcripts included:
     there a response is the last one.
@@ -167,14 +185,31 @@ def read_preferences(
         scored: which turns of a conversation are the response.
 
     Raises:
-        UserError: a column is missing, or the row is unpaired data.
+        UserError: a column is missing, the row is unpaired data, or ranks answers and has a probability or margin.
     """
     cells = _cells(row, columns, where)
     tools = _tools(cells.get("tools"))
     if tools is None:
         return ["tools not understood"]
+    numbers: dict[str, float] = {}
+    for name, (makes_sense, otherwise) in _NUMBERS.items():
+        if name in cells:
+            value = _number(cells[name])
+            if value is None or not makes_sense(value):
+                return [otherwise]
+            cells[name] = numbers[name] = value
+    if numbers.get("probability") == 0.5:
+        return ["tie"]
     found = _pairs_of(row, cells, columns, where, scored)
-    return [replace(pair, tools=tools) if isinstance(pair, Preference) else pair for pair in found]
+    if "output_1" in cells and "probability" in numbers:
+        numbers["probability"] = max(numbers["probability"], 1 - numbers["probability"])
+    probability, margin, weight = map(numbers.get, _NUMBERS)
+    return [
+        replace(pair, tools=tools, probability=probability, margin=margin, weight=weight)
+        if isinstance(pair, Preference)
+        else pair
+        for pair in found
+    ]
 
 
 def _pairs_of(
@@ -187,12 +222,18 @@ def _pairs_of(
             "two answers to the same prompt in each row, chosen and rejected"
         )
     for name in needed:
-        if name not in cells:
+        if name not in cells and not (name == "label" and "probability" in cells):
             raise _missing(name, row, columns, where)
     if needed == _RANKED:
+        if named := [name for name in ("probability", "margin") if name in cells]:
+            raise UserError(
+                f"{where} ranks answers, whose pairs cannot share one {named[0]}; take columns.{named[0]} out, or "
+                "write each pair as a row"
+            )
         return _ranked(_text(cells["prompt"]), cells["answers"], scored)
     if needed == _LABELLED:
-        winner = _winner(cells["label"])
+        soft = cells.get("probability")
+        winner = _winner(cells["label"]) if not isinstance(soft, float) else 1 if soft > 0.5 else 2
         if winner not in (1, 2):
             return ["label not understood" if winner is None else "tie"]
         outputs = [_text(cells[name]) for name in ("output_1", "output_2")]
@@ -266,6 +307,14 @@ def _winner(label: object) -> int | None:
     if not counted or None in counted:
         return None
     return next((output for output in (1, 2) if 2 * counted.count(output) > len(counted)), 0)
+
+
+def _number(cell: object) -> float | None:
+    if isinstance(cell, bool) or not isinstance(cell, int | float | str):
+        return None
+    with suppress(ValueError, OverflowError):
+        return value if math.isfinite(value := float(cell)) else None
+    return None
 
 
 def _as_text(vote: object) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -43,9 +43,12 @@ _SCHEMA = pa.schema(
         "rejected_ids": _IDS,
         "chosen_scored": pa.list_(pa.bool_()),
         "rejected_scored": pa.list_(pa.bool_()),
+        "probability": pa.float64(),
+        "margin": pa.float64(),
+        "weight": pa.float64(),
     }
 )
-_OPTIONAL = ("chosen_scored", "rejected_scored")
+_OPTIONAL = ("chosen_scored", "rejected_scored", "probability", "margin", "weight")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class PreparedPairs:
         path: their folder.
         manifest: what it holds and how that came about.
         table: one row a pair: ``id``, ``row`` (in its source, from 1), ``source``, ``prompt_ids``, ``chosen_ids``,
-            ``rejected_ids``, and null where a pair has no such thing ``chosen_scored`` and ``rejected_scored``.
+            ``rejected_ids``, and, null where a pair has no such thing, ``chosen_scored``, ``rejected_scored``,
+            ``probability``, ``margin`` and ``weight``.
     """
 
     path: Path
@@ -109,7 +113,7 @@ class PreparedPairs:
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         prompt, chosen, rejected = (tuple(self.table[name][index].values.to_pylist()) for name in columns)
         given = {name: self.table[name][index].as_py() for name in self._given}
-        more = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        more: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
         return TokenizedPair(self.table["id"][index].as_py(), prompt, chosen, rejected, **more)
 
     def where(self, index: int) -> str:

@@ -85,6 +85,9 @@ class TokenizedPair:
         rejected_ids: likewise.
         chosen_scored: for each token of the chosen response whether it is scored, the first is; None: all are.
         rejected_scored: likewise.
+        probability: as in ``Preference``; of these three the name does not tell.
+        margin: likewise.
+        weight: likewise.
     """
 
     id: str
@@ -93,6 +96,9 @@ class TokenizedPair:
     rejected_ids: TokenIds
     chosen_scored: Mask | None = None
     rejected_scored: Mask | None = None
+    probability: float | None = None
+    margin: float | None = None
+    weight: float | None = None
 
     @classmethod
     def of(
@@ -110,7 +116,7 @@ class TokenizedPair:
         for side, (mask, part) in enumerate(zip(masks, parts[1:], strict=True)):
             numbers += [-1 - side, *(mask or (True,) * len(part))] if any(masks) else []
         packed = np.array(numbers, dtype="<i8").tobytes()
-        return cls(hashlib.blake2b(packed, digest_size=16).hexdigest(), *parts, *masks)
+        return cls(hashlib.blake2b(packed, digest_size=16).hexdigest(), *parts, masks[0], masks[1])
 
     def shortened(self, responses: int) -> "TokenizedPair":
         """Returns the pair with no more than so many tokens of each response; its name stays."""
@@ -141,40 +147,10 @@ def tokenize_pair(
     Raises:
         UserError: the preference needs a chat template, and there is none or it rewrites earlier turns.
     """
-    match preference:
-        case Preference(str(prompt), str(chosen), str(rejected)):
-            if preference.tools:
-                return "tools ignored"
-            prompt_ids = tokenizer.encode_prompt(prompt)
-            encoded = [_Response.all_scored(tokenizer.encode(response)) for response in (chosen, rejected)]
-        case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
-            rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
-            if rendered is None:
-                return "refused by the chat template"
-            start, responses = rendered
-            if _ignores_tools(messages, (chosen, rejected), tokenizer, tools=preference.tools):
-                return "tools ignored"
-            prompt_ids = tokenizer.encode_rendered(start, begins=True)
-            encoded = [_encode(response, tokenizer) for response in responses]
-        case _:
-            raise TypeError("prompt, chosen and rejected must be of one kind")
-    while len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == tokenizer.bos_id:
-        prompt_ids = prompt_ids[1:]
-    if not prompt_ids:
-        return "empty prompt"
-    first, second = (_ended_once(response, tokenizer.eos_id) for response in encoded)
-    if len(first.ids) == 1 or len(second.ids) == 1:
-        return "empty response"
-    if first.ids == second.ids:
-        return "identical responses"
-    pair = TokenizedPair.of(prompt_ids, first.ids, second.ids, first.scored, second.scored)
-    if not _differs_where_scored(pair):
-        return "prompts differ"
-    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
+    pair = _tokenized(preference, tokenizer, max_length=max_length, truncation=truncation)
+    if isinstance(pair, str):
         return pair
-    if truncation == "prompt_start":
-        return _cut_prompt(pair, max_length, tokenizer.bos_id)
-    return _cut_responses(pair, max_length) if truncation == "response_end" else "too long"
+    return replace(pair, probability=preference.probability, margin=preference.margin, weight=preference.weight)
 
 
 def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
@@ -209,6 +185,45 @@ def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
         encode(texts[0] + after, begins=True) != [*encode(texts[0], begins=True), *encode(after, begins=False)]
         for after in texts[1:]
     )
+
+
+def _tokenized(
+    preference: Preference, tokenizer: Tokenizer, *, max_length: int, truncation: Truncation | None
+) -> TokenizedPair | DropReason:
+    match preference:
+        case Preference(str(prompt), str(chosen), str(rejected)):
+            if preference.tools:
+                return "tools ignored"
+            prompt_ids = tokenizer.encode_prompt(prompt)
+            encoded = [_Response.all_scored(tokenizer.encode(response)) for response in (chosen, rejected)]
+        case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
+            rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
+            if rendered is None:
+                return "refused by the chat template"
+            start, responses = rendered
+            if _ignores_tools(messages, (chosen, rejected), tokenizer, tools=preference.tools):
+                return "tools ignored"
+            prompt_ids = tokenizer.encode_rendered(start, begins=True)
+            encoded = [_encode(response, tokenizer) for response in responses]
+        case _:
+            raise TypeError("prompt, chosen and rejected must be of one kind")
+    while len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == tokenizer.bos_id:
+        prompt_ids = prompt_ids[1:]
+    if not prompt_ids:
+        return "empty prompt"
+    first, second = (_ended_once(response, tokenizer.eos_id) for response in encoded)
+    if len(first.ids) == 1 or len(second.ids) == 1:
+        return "empty response"
+    if first.ids == second.ids:
+        return "identical responses"
+    pair = TokenizedPair.of(prompt_ids, first.ids, second.ids, first.scored, second.scored)
+    if not _differs_where_scored(pair):
+        return "prompts differ"
+    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
+        return pair
+    if truncation == "prompt_start":
+        return _cut_prompt(pair, max_length, tokenizer.bos_id)
+    return _cut_responses(pair, max_length) if truncation == "response_end" else "too long"
 
 
 def _ignores_tools(

@@ -138,6 +138,19 @@ def test_ranked_rows_add_up_too(files, capsys):
     assert "2 rows that name 7 pairs, 3 pairs" in inspected(capsys, "--data.max_dropped", "0.9").out
 
 
+def test_numbers_that_change_the_loss_are_told(files, capsys):
+    write(
+        files / "pairs.jsonl", [{**PAIRS[n], "p": p, "w": w} for n, (p, w) in enumerate([(0.9, 1), (0.2, 2), (0.7, 6)])]
+    )
+    run = yaml.safe_load((files / "run.yaml").read_text())
+    run["data"]["train"] = [{"path": "pairs.jsonl", "columns": {"probability": "p", "weight": "w"}}]
+    (files / "run.yaml").write_text(yaml.safe_dump(run))
+    labels = found(capsys)["labels"]
+    assert labels["probability"] == {"pairs": 3, "least": 0.2, "mean": pytest.approx(0.6), "largest": 0.9}
+    assert labels["weight"] == {"pairs": 3, "least": 1, "mean": 3, "largest": 6}
+    assert "probability  0.2 to 0.9, 0.6 on average, of 3 pairs\n" in inspected(capsys).out
+
+
 def test_scored_tokens_are_coloured_on_a_terminal_only(files, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b" not in inspected(capsys).out

@@ -116,6 +116,16 @@ CASES = {
         ["--loss.type", "ipo", "--loss.label_smoothing", "0.1"],
         "loss.label_smoothing",
     ),
+    "soft labels where the loss knows none": (
+        no_preparation,
+        ["--loss.type", "hinge", "--data.train", '[{"path": "pairs.jsonl", "columns": {"probability": "p"}}]'],
+        "data.train[0].columns.probability must be left out for the hinge loss, which knows no probability, got 'p'",
+    ),
+    "margins where the loss knows none": (
+        no_preparation,
+        ["--loss.type", "ipo", "--data.eval", '[{"path": "pairs.jsonl", "columns": {"margin": "m"}}]'],
+        "data.eval[0].columns.margin must be left out for the ipo loss",
+    ),
     "a nested output folder": (
         no_preparation,
         ["--output_dir", "new/deep/out", "--train.pairs_per_step", "5"],

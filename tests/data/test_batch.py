@@ -74,6 +74,15 @@ def test_what_is_not_scored_is_read_and_neither_predicted_nor_counted(layout):
     assert batch.response_tokens.tolist() == [1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("layout", [padded_batch, packed_batch])
+def test_what_the_data_say_of_a_pair_travels_beside_it(layout):
+    assert layout(PAIRS).labels == (None, None, None)
+    batch = layout([PAIRS[0], replace(PAIRS[1], probability=0.25, weight=2.0)])
+    assert (batch.probabilities.tolist(), batch.margins, batch.loss_weights.tolist()) == ([1.0, 0.25], None, [1.0, 2.0])
+    assert batch.weights.tolist() == [1.0, 1.0]
+    assert layout([replace(PAIRS[0], margin=-0.5)], weight=0.0).labels.margins.tolist() == [-0.5]
+
+
 @pytest.mark.parametrize(("layout", "count"), [(padded_batch, 6), (packed_batch, 7)])
 def test_moving_a_batch_moves_every_tensor(layout, count):
     moved = layout(PAIRS).to(torch.device("meta"))

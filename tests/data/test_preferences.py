@@ -316,6 +316,59 @@ def test_a_label_says_which_output_is_better(label, expected):
     assert read({"prompt": "Q", "output_1": "a", "output_2": "b", "label": label}) == expected
 
 
+NAMED = {"probability": "p", "margin": "m", "weight": "w"}
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({"p": 0.75, "m": 1, "w": 2}, (0.75, 1.0, 2.0)),
+        ({"p": "0.2", "m": " -1.5", "w": "1e-3"}, (0.2, -1.5, 1e-3)),
+        ({"p": 1, "m": 0, "w": 1}, (1.0, 0.0, 1.0)),
+        ({"p": 0.5}, "tie"),
+        *(({"p": wrong}, "label not understood") for wrong in (-0.1, 1.1, "", None, True, "high", [0.7], float("nan"))),
+        *(({"m": wrong}, "label not understood") for wrong in ("", None, float("inf"), "1e999", 10**400)),
+        *(({"w": wrong}, "weight not above 0") for wrong in (0, -1, None, "x", float("nan"))),
+    ],
+)
+def test_numbers_that_change_a_pairs_loss_are_read_where_they_are_named(cells, expected):
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "p": 1, "m": 0, "w": 1, **cells}
+    plain = Preference("Q", "a", "b")
+    assert read(row) == plain
+    assert read({**row, "probability": 0.1, "margin": 3, "weight": 2}) == plain  # not named
+    if isinstance(expected, tuple):
+        probability, margin, weight = expected
+        expected = replace(plain, probability=probability, margin=margin, weight=weight)
+    assert read(row, **NAMED) == expected
+    del row["w"]
+    with pytest.raises(UserError, match="has no column 'w'"):
+        read(row, **NAMED)
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (0.75, Preference("Q", "a", "b", probability=0.75)),
+        (0.25, Preference("Q", "b", "a", probability=0.75)),
+        (0.0, Preference("Q", "b", "a", probability=1.0)),
+        (0.5, "tie"),
+    ],
+)
+def test_a_probability_takes_the_place_of_a_label(cell, expected):
+    row = {"prompt": "Q", "output_1": "a", "output_2": "b", "p": cell}
+    assert read(row, probability="p") == expected
+    assert read({**row, "label": "not looked at"}, probability="p") == expected
+    with pytest.raises(UserError, match="has no column 'label'"):
+        read(row)
+
+
+def test_ranked_answers_share_a_weight_and_nothing_else():
+    row = {"prompt": "Q", "answers": ["a", "b", "c"], "w": 2}
+    assert [pair.weight for pair in read_all(row, weight="w")] == [2.0] * 3
+    with pytest.raises(UserError, match=r"row 7 ranks answers, .* share one margin; take columns.margin out, or write"):
+        read(row, margin="w")
+
+
 def test_several_columns_are_the_votes_of_several_raters_and_the_parts_of_a_prompt():
     row = {"instruction": "Add.", "input": "1 2\n", "r1": "3", "r2": "4", "x": 2, "y": 1, "z": 1}
     columns = {"output_1": "r1", "output_2": "r2", "label": ["x", "y", "z"], "prompt": ["instruction", "input"]}

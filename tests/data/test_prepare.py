@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,32 @@ def test_what_is_scored_of_several_turns_is_kept_with_the_pair_and_is_part_of_th
     last = run([source], tokenizer, folder, max_length=20)
     assert (last.dropped, last.pair(0)) == ({"prompts differ": 1}, whole.pair(1))
     assert last.manifest.key != whole.manifest.key
+
+
+def test_what_changes_a_pairs_loss_is_kept_beside_its_tokens_and_not_in_its_name(tokenizer, tmp_path):
+    rows = [
+        {**ROWS[0], "p": 0.9, "m": 0.5, "w": 2},
+        {**ROWS[2], "p": 0.1, "m": -1, "w": 0},
+        {**ROWS[2], "p": 0.5, "m": 0},
+    ]
+    source, folder = write(tmp_path / "rows.jsonl", rows), tmp_path / "data"
+    plain = run([source], tokenizer, folder)
+    named = run([Source(source.path, columns={"probability": "p", "margin": "m"})], tokenizer, folder)
+    weighted = run([Source(source.path, columns={"weight": "w"})], tokenizer, folder)
+    assert [plain.pair(index) for index in range(2)] == [
+        replace(named.pair(index), probability=None, margin=None) for index in range(2)
+    ]
+    assert [(pair.probability, pair.margin, pair.weight) for pair in map(named.pair, range(2))] == [
+        (0.9, 0.5, None),
+        (0.1, -1.0, None),
+    ]
+    assert (named.dropped, weighted.dropped) == ({"tie": 1}, {"weight not above 0": 2})
+    assert weighted.pair(0) == replace(plain.pair(0), weight=2.0)
+    mixed = run(
+        [write(tmp_path / "other.jsonl", ROWS[:1]), Source(source.path, columns={"weight": "w"})], tokenizer, folder
+    )
+    assert [mixed.pair(0).weight, mixed.pair(1).weight] == [None, 2.0]
+    assert len({found.manifest.key for found in (plain, named, weighted)}) == 3
 
 
 def test_a_file_that_changed_is_read_again(tokenizer, tmp_path):
