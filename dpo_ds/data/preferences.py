@@ -329,8 +329,8 @@ def _ranked(prompt: Text | None, answers: object, scored: Scored) -> list[Prefer
     )
     goodness: list[float] = []
     for place, answer in enumerate(answers):
-        value = -place if order is None else answer.get(order) if isinstance(answer, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        value = -place if order is None else _number(answer.get(order) if isinstance(answer, Mapping) else None)
+        if value is None:
             return ["label not understood"]
         goodness.append(value if order is None else value * _GOODNESS[order])
     best_first = sorted(range(len(answers)), key=lambda place: -goodness[place])

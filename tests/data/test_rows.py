@@ -215,12 +215,17 @@ GOOD_LINE = b'{"prompt": "a"}\n'
         ("latin.json", b'[{"prompt": "\xe9"}]', "not valid JSON: byte 13 is not UTF-8"),
         ("latin.csv", b"prompt,chosen\n\xe9,b\n", "latin.csv is not valid CSV: .*UTF-?8"),
         ("twice.jsonl", b'{"chosen": "a", "chosen": "b"}\n', "line 1: 'chosen' is named twice in one object"),
+        ("twice.json", b'[{"chosen": "a"}, {"chosen": "a", "chosen": "b"}]', "'chosen' is named twice in one object"),
         ("twice.csv", b"chosen,rejected,chosen\na,b,c\n", "twice.csv names the column 'chosen' twice"),
         ("ragged.csv", b"chosen,rejected\na,b\nc\n", "ragged.csv is not valid CSV: .*Expected 2 columns, got 1"),
         ("text.jsonl", b'"a"\n', 'text.jsonl must hold objects, one a row, got "a"'),
         ("deep.jsonl", b"[" * 100_000, "deep.jsonl is not valid JSON"),
         ("zero.jsonl", b"", "zero.jsonl has no rows"),
         ("zero.csv", b"", "zero.csv has no rows"),
+        ("zero.json", b"", "zero.json has no rows"),
+        ("zero.jsonl.gz", b"", "zero.jsonl.gz (has no rows|cannot be decompressed)"),
+        ("zero.csv.gz", b"", "zero.csv.gz (has no rows|cannot be decompressed)"),
+        ("zero.arrow", b"", "zero.arrow .*cannot be read"),
         ("zero.parquet", b"", "zero.parquet .*cannot be read"),
         ("blank.jsonl", b"\n \n", "blank.jsonl has no rows"),
         ("empty.json", b"[]", "empty.json has no rows"),
@@ -240,6 +245,16 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, capfd, name, con
         rows_of(path)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_in_a_table_that_are_not_utf_8_are_refused_before_any_row_is_read(tmp_path):
+    from pyarrow import parquet
+
+    offsets = pa.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00")
+    broken = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff\xfe"))
+    parquet.write_table(pa.table({"chosen": broken, "rejected": ["b"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet .*cannot be read: .*Invalid UTF8"):
+        rows_of(tmp_path / "x.parquet")
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
