@@ -220,3 +220,26 @@ def test_the_scored_tokens_of_a_conversation_are_the_turns_of_the_assistant(chat
     others = texts[2 : 2 * turns : 2]
     assert chat.decode(given) == "".join(f"\n<user>\n{text}<eos>\n<assistant>\n" for text in others)
     assert chat.decode(list(pair.rejected_ids)) == f"{other}<eos>"
+
+
+@pytest.fixture(scope="module")
+def transcripts(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return sentence_piece_case(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@many
+@given(data=st.data(), turns=st.sampled_from([1, 3, 5]))
+def test_a_conversation_is_a_transcript_to_sentencepiece_and_its_answer_is_scored(transcripts, data, turns):
+    texts, chosen, rejected = ([data.draw(transcripts.texts) for _ in range(count)] for count in (turns, 1, 1))
+    assume(chosen[0].strip() and rejected[0].strip() and chosen != rejected)
+    prompt = tuple(Message(role, text) for role, text in zip(ROLES, texts, strict=False))
+    pair = tokenized(transcripts.tokenizer, prompt, *((Message("assistant", text),) for text in (*chosen, *rejected)))
+    names = {"user": "Human", "assistant": "Assistant"}
+    written = "".join(f"\n\n{names[role]}: {text}" for role, text in zip(ROLES, texts, strict=False))
+    assert pair.prompt_ids[0] == transcripts.tokenizer.bos_id
+    assert transcripts.decode(list(pair.prompt_ids[1:])) == f"{written}\n\nAssistant:"
+    for ids, text in ((pair.chosen_ids, chosen[0]), (pair.rejected_ids, rejected[0])):
+        assert transcripts.decode(list(ids[:-1])) == text
+        assert ids.count(transcripts.tokenizer.eos_id) == 1
+        whole = f"{written}\n\nAssistant: {text}"
+        assert transcripts.decode([*pair.prompt_ids[1:], *ids[:-1]]) == whole
