@@ -90,7 +90,8 @@ class Findings:
         bos_first: prompts that begin with BOS.
         bos_repeated: pairs with more than one BOS.
         eos_last: responses that end with EOS.
-        eos_inside: responses with another EOS within.
+        eos_inside: responses that go on behind another EOS.
+        before_eos: in how many responses each token stands shortly before the last EOS.
         numbers: probabilities, margins and weights of the pairs that have one.
         samples: places and tokens of some pairs.
     """
@@ -110,6 +111,7 @@ class Findings:
     bos_repeated: int = 0
     eos_last: int = 0
     eos_inside: int = 0
+    before_eos: Counter[int] = field(default_factory=Counter)
     numbers: dict[str, list[float]] = field(default_factory=dict)
     samples: list[tuple[str, TokenizedPair]] = field(default_factory=list)
 
@@ -235,9 +237,14 @@ def _count(findings: Findings, pair: TokenizedPair, tokenizer: Tokenizer) -> Non
     findings.bos_first += pair.prompt_ids[0] == bos
     # Where BOS and EOS are one token, as GPT-2's are, only the first place tells of BOS.
     findings.bos_repeated += bos not in (None, eos) and any((*parts[0], *part).count(bos) > 1 for part in parts[1:])
-    for response in parts[1:]:
+    for response, scored in zip(parts[1:], (pair.chosen_scored, pair.rejected_scored), strict=True):
         findings.eos_last += response[-1] == eos
-        findings.eos_inside += eos in response[:-1]
+        # Where several turns are scored, what others say follows upon each EOS.
+        goes_on = (scored or (True,) * len(response))[1:]
+        findings.eos_inside += any(token == eos and on for token, on in zip(response, goes_on, strict=False))
+        if response[-1] == eos:
+            # ChatML's marker has a newline behind it.
+            findings.before_eos.update(set(response[-4:-1]))
 
 
 def _overlap(train: Findings, evaluation: Findings) -> dict[str, int]:
@@ -250,8 +257,8 @@ def _overlap(train: Findings, evaluation: Findings) -> dict[str, int]:
 def _object(train: Findings, evaluation: Findings | None, tokenizer: Tokenizer, decoder: Decoder) -> dict[str, Any]:
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     return {
-        **_counts(train, decoder),
-        "eval": _counts(evaluation, decoder) if evaluation else None,
+        **_counts(train, tokenizer, decoder),
+        "eval": _counts(evaluation, tokenizer, decoder) if evaluation else None,
         "overlap": _overlap(train, evaluation) if evaluation else None,
         "tokenizer": {
             "name": tokenizer.name,
@@ -262,7 +269,7 @@ def _object(train: Findings, evaluation: Findings | None, tokenizer: Tokenizer, 
     }
 
 
-def _counts(findings: Findings, decoder: Decoder) -> dict[str, Any]:
+def _counts(findings: Findings, tokenizer: Tokenizer, decoder: Decoder) -> dict[str, Any]:
     return {
         "rows": findings.rows_read,
         "expanded": findings.expanded,
@@ -286,6 +293,7 @@ def _counts(findings: Findings, decoder: Decoder) -> dict[str, Any]:
         "boundary_merges": findings.merges,
         "bos": {"first": findings.bos_first, "repeated": findings.bos_repeated},
         "eos": {"last": findings.eos_last, "inside": findings.eos_inside},
+        "doubts": _doubts(findings, tokenizer, decoder),
         "labels": {
             name: {"pairs": len(values), "least": min(values), "mean": fmean(values), "largest": max(values)}
             for name, values in findings.numbers.items()
@@ -316,6 +324,36 @@ def _specimen(tokenizer: Tokenizer) -> str | None:
     return tokenizer.render_chat([Message("user", "...")], add_generation_prompt=True)
 
 
+def _doubts(findings: Findings, tokenizer: Tokenizer, decoder: Decoder) -> list[str]:
+    """Returns what is probably wrong with template, BOS and EOS, each in a line."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    doubts = []
+    if bos is not None and tokenizer.encode_prompt("a")[0] == bos and findings.bos_first < findings.pairs:
+        doubts.append(
+            f"{findings.pairs - findings.bos_first} prompts do not begin with BOS, which the tokenizer puts before "
+            "plain text: the chat template should write it"
+        )
+    # ChatML's first token may be BOS, and begins each turn.
+    begins_turns = bos is not None and tokenizer.encode_rendered(_specimen(tokenizer) or "", begins=True).count(bos) > 1
+    if findings.bos_repeated and not begins_turns:
+        doubts.append(
+            f"{findings.bos_repeated} pairs hold several BOS: take it out of the texts or of the chat template"
+        )
+    if cut := 2 * findings.pairs - findings.eos_last:
+        doubts.append(f"{cut} responses do not end with EOS: data.truncation cut them, so they do not learn to end")
+    if findings.eos_inside:
+        doubts.append(
+            f"{findings.eos_inside} responses go on behind an EOS, where generation ends: take it out of them"
+        )
+    for token, count in findings.before_eos.items():
+        if token in decoder.special and token not in (bos, eos):
+            doubts.append(
+                f"{count} responses end with {decoder.special[token]} and then EOS {decoder.special.get(eos, eos)}: if "
+                "the chat template ends turns with the first, it should be the tokenizer's eos_token"
+            )
+    return doubts
+
+
 def _shown(ids: Sequence[int], decoder: Decoder) -> str:
     return "".join(text for text, _ in decoder.spans(ids))
 
@@ -341,6 +379,10 @@ def _text(
             ("overlap", f"{overlap['prompts']} prompts and {overlap['pairs']} pairs of eval are in train, too")
         )
     lines += _tokenizer_lines(train, tokenizer, decoder)
+    doubts = _doubts(train, tokenizer, decoder)
+    doubts += [f"eval: {doubt}" for doubt in _doubts(evaluation, tokenizer, decoder)] if evaluation else []
+    if train.pairs:
+        lines += [("doubt", doubt) for doubt in doubts] or [("", "template, BOS and EOS are as they should be")]
     for name, pair in train.samples:
         lines.append(("", ""))
         lines.append(("pair", name))

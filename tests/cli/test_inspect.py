@@ -214,12 +214,54 @@ def test_template_bos_and_eos_are_shown(files, capsys):
         "specimen": specimen,
     }
     assert (said["bos"], said["eos"]) == ({"first": 3, "repeated": 1}, {"last": 6, "inside": 1})
+    assert said["doubts"] == [
+        "1 pairs hold several BOS: take it out of the texts or of the chat template",
+        "1 responses go on behind an EOS, where generation ends: take it out of them",
+    ]
     assert said["samples"][0]["prompt"] == specimen.replace("...", "Why?")
     assert said["samples"][0]["chosen"] == "So.<|end|>"
     text = inspected(capsys, *arguments).out
     assert f"  template  {specimen}\n" in text
     assert "       BOS  <bos> begins 3 of 3 prompts, 1 hold several\n" in text
     assert "       EOS  <|end|> ends 6 of 6 responses, 1 hold another\n" in text
+
+
+CHATML = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "doubts"),
+    [
+        ({"template": CHATML, "eos": "<|end|>", "bos": "<bos>"}, [], []),
+        (
+            {"template": CHATML.replace("<bos>", ""), "eos": "<eos>", "bos": "<bos>", "adds": "<bos> $A"},
+            [],
+            [
+                "2 prompts do not begin with BOS, which the tokenizer puts before plain text: the chat template should",
+                "4 responses end with <|end|> and then EOS <eos>: if the chat template ends turns with the first, it",
+            ],
+        ),
+        (
+            {"template": CHATML, "eos": "<|end|>", "bos": "<bos>"},
+            ["--data.max_length", "27", "--data.truncation", "response_end"],
+            ["3 responses do not end with EOS: data.truncation cut them"],
+        ),
+    ],
+    ids=["right", "forgotten BOS, other EOS", "cut"],
+)
+def test_what_is_probably_wrong_with_template_bos_and_eos_is_told(files, capsys, settings, arguments, doubts):
+    small_tokenizer(files / "tokens", **settings)
+    row = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "So.", "rejected": "Not so."}
+    write(files / "pairs.jsonl", [row, {**row, "chosen": "Yes."}])
+    arguments = ["--model.tokenizer", "tokens", *arguments]
+    said = found(capsys, *arguments)
+    assert [told.startswith(doubt) for told, doubt in zip(said["doubts"], doubts, strict=True)] == [True] * len(doubts)
+    text = inspected(capsys, *arguments).out
+    assert text.count("      doubt  ") == len(doubts)
+    assert ("template, BOS and EOS are as they should be" in text) == (not doubts)
 
 
 def test_real_votes_are_inspected_with_a_sentencepiece_tokenizer(material: Path, files, capsys):
