@@ -4,6 +4,7 @@ no tensor may enter."""
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -112,9 +113,10 @@ class TokenizedPair:
         """Returns the pair of these tokens, named by their hash and that of what is not scored."""
         parts = (tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
         masks = [None if mask is None or all(mask) else mask for mask in (chosen_scored, rejected_scored)]
-        numbers = [*map(len, parts), *(token for part in parts for token in part)]
-        for side, (mask, part) in enumerate(zip(masks, parts[1:], strict=True)):
-            numbers += [-1 - side, *(mask or (True,) * len(part))] if any(masks) else []
+        numbers = [*map(len, parts), *chain.from_iterable(parts)]
+        if any(masks):
+            for mask, part in zip(masks, parts[1:], strict=True):
+                numbers += mask or (True,) * len(part)
         packed = np.array(numbers, dtype="<i8").tobytes()
         return cls(hashlib.blake2b(packed, digest_size=16).hexdigest(), *parts, masks[0], masks[1])
 
@@ -148,9 +150,10 @@ def tokenize_pair(
         UserError: the preference needs a chat template, and there is none or it rewrites earlier turns.
     """
     pair = _tokenized(preference, tokenizer, max_length=max_length, truncation=truncation)
-    if isinstance(pair, str):
+    labels = (preference.probability, preference.margin, preference.weight)
+    if isinstance(pair, str) or labels == (None, None, None):
         return pair
-    return replace(pair, probability=preference.probability, margin=preference.margin, weight=preference.weight)
+    return replace(pair, probability=labels[0], margin=labels[1], weight=labels[2])
 
 
 def merges_at_boundary(preference: Preference, tokenizer: Tokenizer) -> bool:
@@ -195,7 +198,7 @@ def _tokenized(
             if preference.tools:
                 return "tools ignored"
             prompt_ids = tokenizer.encode_prompt(prompt)
-            encoded = [_Response.all_scored(tokenizer.encode(response)) for response in (chosen, rejected)]
+            encoded = [_Response(tokenizer.encode(response), None) for response in (chosen, rejected)]
         case Preference(tuple(messages), tuple(chosen), tuple(rejected)):
             rendered = _render(messages, (chosen, rejected), tokenizer, tools=preference.tools)
             if rendered is None:
@@ -257,11 +260,7 @@ class _Part(NamedTuple):
 
 class _Response(NamedTuple):
     ids: list[int]
-    scored: Mask
-
-    @classmethod
-    def all_scored(cls, ids: list[int]) -> "_Response":
-        return cls(ids, (True,) * len(ids))
+    scored: Mask | None
 
 
 def _render(
@@ -318,18 +317,20 @@ def _encode(response: Sequence[_Part], tokenizer: Tokenizer) -> _Response:
             some = tokenizer.encode_rendered(text, begins=False)
         ids += some
         scored += [part.is_scored] * len(some)
-    return _Response(ids, tuple(scored))
+    return _Response(ids, tuple(scored) if len(response) > 1 else None)
 
 
 def _ended_once(response: _Response, eos_id: int) -> _Response:
     end = len(response.ids)
     while end and response.ids[end - 1] == eos_id:
         end -= 1
-    return _Response([*response.ids[:end], eos_id], (*response.scored[:end], True))
+    return _Response([*response.ids[:end], eos_id], response.scored and (*response.scored[:end], True))
 
 
 def _differs_where_scored(pair: TokenizedPair) -> bool:
     """Whether the first token that tells the responses apart is scored on one side at least."""
+    if pair.chosen_scored is pair.rejected_scored is None:
+        return pair.chosen_ids != pair.rejected_ids
     both = list(zip(pair.chosen_ids, pair.rejected_ids, strict=False))
     place = next((place for place, (one, other) in enumerate(both) if one != other), len(both))
     sides = ((pair.chosen_ids, pair.chosen_scored), (pair.rejected_ids, pair.rejected_scored))
