@@ -20,13 +20,17 @@ class PlainPair:
     probability: float = 1.0
     margin: float = 0.0
     weight: float = 1.0
+    chosen_scored: list[bool] | None = None
 
 
-def response_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """Sum of the log-probs of a response's tokens behind its prompt."""
+def response_logp(
+    model: torch.nn.Module, prompt: list[int], response: list[int], scored: list[bool] | None = None
+) -> torch.Tensor:
+    """Sum of the log-probs of a response's tokens, or of some of them, behind its prompt."""
     ids = torch.tensor([prompt + response])
     logps = torch.log_softmax(model(ids).logits[0].float(), dim=-1)
-    return torch.stack([logps[len(prompt) - 1 + n, token] for n, token in enumerate(response)]).sum()
+    kept = [n for n in range(len(response)) if scored is None or scored[n]]
+    return torch.stack([logps[len(prompt) - 1 + n, response[n]] for n in kept]).sum()
 
 
 def dpo_losses(
@@ -47,10 +51,10 @@ def dpo_losses(
         total = 0.0
         for pair in pairs:
             with torch.no_grad():
-                reference_margin = response_logp(reference, pair.prompt, pair.chosen) - response_logp(
-                    reference, pair.prompt, pair.rejected
-                )
-            policy_margin = response_logp(model, pair.prompt, pair.chosen) - response_logp(
+                reference_margin = response_logp(
+                    reference, pair.prompt, pair.chosen, pair.chosen_scored
+                ) - response_logp(reference, pair.prompt, pair.rejected)
+            policy_margin = response_logp(model, pair.prompt, pair.chosen, pair.chosen_scored) - response_logp(
                 model, pair.prompt, pair.rejected
             )
             logit = beta * (policy_margin - reference_margin) - pair.margin

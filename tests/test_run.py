@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.data.small_tokenizer import small_tokenizer
 from tests.plain_dpo import PlainPair, dpo_losses
 from tests.ranks import REPOSITORY, Finished, run_ranks
 
@@ -126,24 +127,48 @@ def test_six_steps_lose_what_a_plain_loop_loses_on_any_number_of_ranks(run, plai
     assert plain_losses[-1] < plain_losses[0] - 0.01, "the steps are too small to tell anything"
 
 
-def test_soft_labels_margins_and_weights_lose_what_a_plain_loop_loses(run, tiny_chat):
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|end|>{{ m.content }}\n{% else %}{{ m.content }}<eos>{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_soft_labels_margins_weights_and_several_turns_lose_what_a_plain_loop_loses(run, tiny_chat, tmp_path_factory):
+    tokens = tmp_path_factory.mktemp("tokens")
+    small_tokenizer(tokens, template=TURNS)
     given = [{"p": 1 - 0.1 * (n % 4), "m": 0.2 * (n % 3) - 0.1, "w": 0.5 + n % 5} for n in range(12)]
-    rows = [{**row, **numbers} for row, numbers in zip(rows_of_words(12), given, strict=True)]
-    source = {"path": "pairs.jsonl", "columns": {"probability": "p", "margin": "m", "weight": "w"}}
-    finished, out = run(2, rows=rows, data={"train": [source], "eval": [source]}, train={"tokens_per_micro_batch": 100})
-    finished.expect_success()
-    assert "policy and reference have equal weights and score alike" in finished.outputs[0]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
+    rows, pairs = [], []
+    tokenizer = AutoTokenizer.from_pretrained(tokens)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    pairs = [
-        PlainPair(
-            ids(row["prompt"]), [*ids(row["chosen"]), 1], [*ids(row["rejected"]), 1], row["p"], row["m"], row["w"]
+    for n, (row, numbers) in enumerate(zip(rows_of_words(12), given, strict=True)):
+        asked, answered = {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}
+        # Every second one goes on: an answer, another question, and an answer again.
+        more = [{"role": "user", "content": "and"}, {"role": "assistant", "content": "so"}] * (n % 2)
+        rejected = [asked, {"role": "assistant", "content": row["rejected"]}]
+        rows.append({"chosen": [asked, answered, *more], "rejected": rejected, **numbers})
+        parts = [[*ids(row["chosen"]), 1], *([ids("<|end|>and\n"), [*ids("so"), 1]] if more else [])]
+        pairs.append(
+            PlainPair(
+                ids(f"<|end|>{row['prompt']}\n"),
+                [token for part in parts for token in part],
+                [*ids(row["rejected"]), 1],
+                *numbers.values(),
+                chosen_scored=[place != 1 for place, part in enumerate(parts) for _ in part],
+            )
         )
-        for row in rows
-    ]
+    source = {"path": "pairs.jsonl", "columns": {"probability": "p", "margin": "m", "weight": "w"}}
+    finished, out = run(
+        2,
+        rows=rows,
+        model={"tokenizer": str(tokens)},
+        data={"train": [source], "eval": [source], "scored": "all_assistant_turns"},
+        train={"tokens_per_micro_batch": 120},
+    )
+    finished.expect_success()
+    assert "policy and reference have equal weights and score alike" in finished.outputs[0]
     model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
     plain = dpo_losses(model, [pairs[:4], pairs[4:8], pairs[8:]], beta=0.1, learning_rate=1e-3, clip=1.0)
     assert losses(out) == pytest.approx(plain, abs=1e-5)

@@ -201,6 +201,8 @@ def read_preferences(
     if numbers.get("probability") == 0.5:
         return ["tie"]
     found = _pairs_of(row, cells, columns, where, scored)
+    if not tools and not numbers:
+        return found
     if "output_1" in cells and "probability" in numbers:
         numbers["probability"] = max(numbers["probability"], 1 - numbers["probability"])
     probability, margin, weight = map(numbers.get, _NUMBERS)
@@ -214,7 +216,7 @@ def read_preferences(
 
 def _pairs_of(
     row: Mapping[str, object], cells: Mapping[str, object], columns: Columns, where: str, scored: Scored
-) -> Sequence[Preference | DropReason]:
+) -> list[Preference | DropReason]:
     needed = _needed(cells, columns)
     if needed == _PAIR and "chosen" not in cells and "rejected" not in cells and _is_unpaired(row):
         raise UserError(
