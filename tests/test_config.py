@@ -184,6 +184,7 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("loss.beta", "0", "must be > 0, got 0.0"),
         ("loss.beta", ".inf", "must be finite, got inf"),
         ("loss.label_smoothing", "0.5", "must be >= 0 and < 0.5, got 0.5"),
+        ("data.scored", "some", "must be one of last_turn, all_assistant_turns, got 'some'"),
         ("data.max_length", "1", "must be >= 2, got 1"),
         ("data.max_dropped", "1.1", "must be >= 0 and <= 1, got 1.1"),
         ("train.pairs_per_step", "0", "must be >= 1, got 0"),

@@ -234,10 +234,10 @@ def _ignores_tools(
 ) -> bool:
     """Whether the chat template writes the same without the tools, without a turn's calls, or without a tool's turn."""
 
-    def write(messages: Sequence[Message], tools: str) -> str | None:
-        return tokenizer.render_chat(messages, add_generation_prompt=False, tools=tools)
+    def write(messages: Sequence[Message], *, tools: str, begins: bool = False) -> str | None:
+        return tokenizer.render_chat(messages, add_generation_prompt=begins, tools=tools)
 
-    if tools and write(prompt, tools) == write(prompt, ""):
+    if tools and write(prompt, tools=tools, begins=True) == write(prompt, tools="", begins=True):
         return True
     for response in responses:
         whole = (*prompt, *response)
@@ -248,7 +248,7 @@ def _ignores_tools(
                 less = (replace(message, details=""),)
             else:
                 continue
-            if write(whole, tools) == write((*whole[:place], *less, *whole[place + 1 :]), tools):
+            if write(whole, tools=tools) == write((*whole[:place], *less, *whole[place + 1 :]), tools=tools):
                 return True
     return False
 
