@@ -25,8 +25,8 @@ DropReason = Literal[
     "prompts differ",
     "tie",
     "tools not understood",
-    "tools ignored",
     "weight not above 0",
+    "tools ignored",
     "refused by the chat template",
     "too long",
 ]
@@ -203,7 +203,7 @@ def read_preferences(
     found = _pairs_of(row, cells, columns, where, scored)
     if not tools and not numbers:
         return found
-    if "output_1" in cells and "probability" in numbers:
+    if _needed(cells, columns) == _LABELLED and "probability" in numbers:  # of the first output
         numbers["probability"] = max(numbers["probability"], 1 - numbers["probability"])
     probability, margin, weight = map(numbers.get, _NUMBERS)
     return [

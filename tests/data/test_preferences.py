@@ -358,6 +358,9 @@ def test_a_probability_takes_the_place_of_a_label(cell, expected):
     row = {"prompt": "Q", "output_1": "a", "output_2": "b", "p": cell}
     assert read(row, probability="p") == expected
     assert read({**row, "label": "not looked at"}, probability="p") == expected
+    if expected != "tie":
+        both = {**row, "chosen": "c", "rejected": "d"}
+        assert read(both, probability="p") == Preference("Q", "c", "d", probability=cell)
     with pytest.raises(UserError, match="has no column 'label'"):
         read(row)
 
