@@ -123,9 +123,12 @@ class PolicyEngine:
 
     def optimizer_fingerprint(self) -> str:
         """Returns the digest of masters, moments and steps: of every bit and its place, not of the number of ranks."""
-        steps = {int(state["step"]) for state in self.engine.basic_optimizer.state.values()}
-        sums = [fingerprint_of(self._optimizer_shards(name), self._world) for name in (None, "exp_avg", "exp_avg_sq")]
-        return hashlib.sha256(repr((sorted(steps), sums)).encode()).hexdigest()
+        states = self.engine.basic_optimizer.state.values()
+        steps = [int(state["step"]) for state in states]
+        # Before the first step there are masters alone.
+        names = (None, "exp_avg", "exp_avg_sq") if steps else (None,)
+        sums = [fingerprint_of(self._optimizer_shards(name), self._world) for name in names]
+        return hashlib.sha256(repr((sorted(set(steps)), sums)).encode()).hexdigest()
 
     def _optimizer_shards(self, name: str | None) -> Iterator[Shard]:
         parameters: list[tuple[str, ZeroParameter]] = sorted(self.model.named_parameters())

@@ -82,18 +82,19 @@ class ReshapingReader:
             return torch.cat(parts)
 
         saved = first[_OPTIMIZER]
-        fields: Mapping[str, Any] = saved["state"][0]
+        fields: Mapping[str, Any] = saved["state"].get(0, {})  # before the first step there are none
         flat_fields = {name for name, value in fields.items() if isinstance(value, Tensor) and value.dim()}
         state = {
             # Copies: torch would take a step count of several groups as one, and count it up once for each.
             group: {name: mine(group, name) if name in flat_fields else deepcopy(fields[name]) for name in fields}
             for group in range(len(self._groups))
+            if fields
         }
         groups = [
-            settings | {"params": [group for group in state if self._group_of[group] == number]}
+            settings | {"params": [group for group in range(len(self._groups)) if self._group_of[group] == number]}
             for number, settings in enumerate(saved["param_groups"])
         ]
-        masters = [mine(group, None) for group in state]
+        masters = [mine(group, None) for group in range(len(self._groups))]
         return dict(first) | {_MASTERS: masters, _OPTIMIZER: {"state": state, "param_groups": groups}}
 
     def _places(self, sizes: Sequence[int]) -> dict[int, _Place]:

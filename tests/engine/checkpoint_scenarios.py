@@ -27,6 +27,9 @@ def checkpoints_of(engines: Engines, world: World, folder: str | Path, **options
     return Checkpoints(Path(folder), policy=engines.policy, world=world, origin={"a": 1}, versions={}, **options)
 
 
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
 def drawn() -> list[float]:
     """One number from each generator."""
     return [float(torch.rand(())), float(np.random.rand()), random.random()]
@@ -59,6 +62,28 @@ def goes_on(world: World, model: str, folder: str, dtype: str, options: dict[str
     assert engines.policy.fingerprint() == saved
     again = [drawn(), *(take_step(engines, batch, pairs=4) for _ in range(3)), engines.policy.fingerprint()]
     assert again == expected, (again, expected)
+    if world.rank == 0:
+        Path(folder, "norms.json").write_text(json.dumps(expected[1:-1]))
+
+
+def spreads(world: World, model: str, folder: str, dtype: str, options: dict[str, Any]) -> None:
+    """What ``goes_on`` has saved on two ranks goes on on another number of ranks."""
+    if options:
+        build_extensions(options["policy_config"])
+    engines = engines_of(model, world, DTYPES[dtype], **options)
+    found, _ = complete_checkpoints(Path(folder))
+    checkpoints_of(engines, world, folder).restore(found, allowed=())
+    norms = [take_step(engines, my_batch(world), pairs=4) for _ in range(3)]
+    # Sums are taken in another order; in bfloat16 also the rows' shapes matter.
+    assert norms == pytest.approx(json.loads(Path(folder, "norms.json").read_text()), rel=BOUNDS[dtype])
+    steps = [int(state["step"]) for state in engines.policy.engine.basic_optimizer.state.values()]
+    assert set(steps) == {steps_before(found[0]) + 3}, steps
+
+
+def steps_before(checkpoint: Path) -> int:
+    file = next(checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+    state = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
+    return int(state[0]["step"])
 
 
 def older_ones_go(world: World, model: str, folder: str) -> None:
@@ -159,6 +184,24 @@ def other_weights_than_saved_are_found(world: World, model: str, folder: str) ->
     weights = read_saved(path).weights
     changed(world, path / "state.json", lambda file: file.write_text(file.read_text().replace(weights, "0" * 64)))
     with pytest.raises(RunError, match="weights are not those that were saved"):
+        checkpoints_of(engines_of(model, world), world, folder).restore([path], allowed=())
+
+
+def optimizer_that_was_left_out_is_found(world: World, model: str, folder: str) -> None:
+    engines = engines_of(model, world)
+    take_step(engines, my_batch(world), pairs=4)
+    checkpoints_of(engines, world, folder).save(PROGRESS)
+    ((path,), _) = complete_checkpoints(Path(folder))
+    world.barrier()
+
+    def forget_moments(file: Path) -> None:
+        held = torch.load(file, weights_only=False)
+        for state in held["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+            state["exp_avg"].zero_()
+        torch.save(held, file)
+
+    changed(world, path / "zero_pp_rank_1_mp_rank_00_optim_states.pt", forget_moments)
+    with pytest.raises(RunError, match="masters, moments or steps are not those that were saved"):
         checkpoints_of(engines_of(model, world), world, folder).restore([path], allowed=())
 
 

@@ -105,10 +105,10 @@ def job(tiny_models, tmp_path_factory) -> Path:
     return folder
 
 
-def expect_passed(job: Path, name: str, *arguments: str) -> None:
-    """Fails with what the ranks of the job of two said of a scenario, unless it passed on both."""
-    for rank in (0, 1):
-        noted = [json.loads(line) for line in (job / f"agenda2.{rank}.outcomes").read_text().splitlines()]
+def expect_passed(job: Path, name: str, *arguments: str, ranks: int = 2) -> None:
+    """Fails with what the ranks of the job of so many said of a scenario, unless it passed on all."""
+    for rank in range(ranks):
+        noted = [json.loads(line) for line in (job / f"agenda{ranks}.{rank}.outcomes").read_text().splitlines()]
         said = [outcome for known, given, outcome in noted if (known, given[: len(arguments)]) == (name, [*arguments])]
         assert said, f"rank {rank} never came to {name} {arguments}; its last was {noted[-1]}"
         assert said == ["passed"] * len(said), said[0]
