@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
-from dpo_ds.engine import Engines, World
+from dpo_ds.engine import Engines, PolicyEngine, World
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.models.attention import share_prompts
@@ -189,6 +189,28 @@ def check_cached_scores(
             )
         samples += sample
     return samples
+
+
+@torch.no_grad()
+def check_probe(policy: PolicyEngine, batch: PairBatch, *, saved: Sequence[float]) -> None:
+    """Holds what a restored policy scores against what it scored when it was saved; collective.
+
+    Args:
+        policy: its weights are those that were saved.
+        batch: the pair that was scored, on every rank.
+        saved: its log-probs then, perhaps in rows of another layout.
+
+    Raises:
+        RunError: equal weights score differently.
+    """
+    difference = policy.score(batch).flatten() - torch.tensor(saved, device=batch.response_tokens.device)
+    worst = float((difference / batch.response_tokens).abs().max())
+    bound = PACKED_BOUND[policy.dtype]
+    if not worst <= bound:
+        raise RunError(
+            f"the policy was restored to the bit, but scores a pair by {worst:.3g} a token differently (bound "
+            f"{bound:g}); are model.attention, the ds_config or the libraries others than those that saved?"
+        )
 
 
 def check_first_loss(loss: float, *, expected: float, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, 
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement
 from dpo_ds.errors import RunError, Stopped, UserError
-from dpo_ds.gate import BATCHES as GATE_BATCHES
+from dpo_ds.gate import BATCHES as GATE_BATCHES, check_probe
 from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, starts_equal
 from dpo_ds.learning_rate import learning_rate
 from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss, starting_losses
@@ -145,6 +145,8 @@ class Trainer:
         steps, settings = self.schedule.steps, self._config.checkpoint
         self._progress = start
         self._world.enter("train")
+        if start.probe is not None:
+            check_probe(self._engines.policy, self._probe(), saved=start.probe)
         if start.step == 0:
             self._check_best(self.evaluate(after_step=0))
         elif start.evaluation is None and self._is_due(self._config.train.eval_every, start.step):
@@ -179,6 +181,7 @@ class Trainer:
         self._check_reference()
         return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
+    @torch.no_grad()
     def save(self) -> None:
         """Saves the run as it was after its last whole step.
 
@@ -191,7 +194,12 @@ class Trainer:
         self._check_reference()
         mark = self._tracker.mark()
         self._checkpoints.save(
-            replace(self._progress, metrics_bytes=mark.metrics_bytes, wandb_run_id=mark.wandb_run_id)
+            replace(
+                self._progress,
+                metrics_bytes=mark.metrics_bytes,
+                wandb_run_id=mark.wandb_run_id,
+                probe=self._engines.policy.score(self._probe()).flatten().tolist(),
+            )
         )
         self._world.enter("train")
 
@@ -308,6 +316,10 @@ class Trainer:
     def _last_checkpoint(self) -> str:
         found, _ = complete_checkpoints(self._checkpoints.folder)
         return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
+
+    def _probe(self) -> PairBatch:
+        lay_out = packed_batch if self._packed else padded_batch
+        return lay_out([self._train.pair(0)]).to(self._world.device)
 
     def _check_best(self, evaluation: dict[str, float]) -> None:
         name = self._config.checkpoint.keep_best

@@ -50,6 +50,7 @@ class Progress:
         metrics_bytes: length of ``metrics.jsonl``.
         wandb_run_id: wandb's name for the run, None without one.
         evaluation: means over the held-out pairs after this very step, None where there was no evaluation.
+        probe: the policy's log-probs of the first pair's two responses, None where nothing was scored.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class Progress:
     metrics_bytes: int = 0
     wandb_run_id: str | None = None
     evaluation: dict[str, float] | None = None
+    probe: list[float] | None = None
 
 
 @dataclass(frozen=True)
