@@ -22,8 +22,8 @@ from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, 
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement
 from dpo_ds.errors import RunError, Stopped, UserError
-from dpo_ds.gate import BATCHES as GATE_BATCHES, check_probe
-from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, starts_equal
+from dpo_ds.gate import BATCHES as GATE_BATCHES
+from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, check_probe, starts_equal
 from dpo_ds.learning_rate import learning_rate
 from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss, starting_losses
 from dpo_ds.metrics import Tally, add_pairs, add_work
@@ -40,6 +40,7 @@ class Trained:
     pairs: int
     tokens: int
     train_seconds: float
+    evaluation: dict[str, float] | None = None
 
 
 class Trainer:
@@ -179,7 +180,7 @@ class Trainer:
         # The export comes next.
         self._world.enter("save")
         self._check_reference()
-        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
+        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds, self._progress.evaluation)
 
     @torch.no_grad()
     def save(self) -> None:

@@ -27,6 +27,7 @@ from tests.test_tracking import lines_of, processes_of, wait_until
 pytestmark = pytest.mark.ranks
 
 DYING = REPOSITORY / "tests/dying.py"
+EXPORT = REPOSITORY / "launch/export.py"
 CLOCKS = {"step_seconds", "tokens_per_second", "mfu"}
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -127,6 +128,13 @@ def test_a_killed_run_goes_on_to_the_bit(undisturbed, again):
     assert weights[0].read_bytes() == weights[1].read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
         look(again)
+    # Any checkpoint can be exported later, on any number of ranks.
+    written = ["--checkpoint.resume", again / "out/checkpoints/step-00000012", "--out", again / "later"]
+    before = record(again)
+    run_ranks(1, [EXPORT, "--config", again / "run.yaml", *written], folder=again).expect_success()
+    assert (again / "later/model.safetensors").read_bytes() == weights[1].read_bytes()
+    assert "| held-out loss |" in (again / "later/README.md").read_text()
+    assert record(again) == before
 
 
 def test_killed_in_the_middle_of_a_save_in_bfloat16_with_padded_rows(tiny_chat, tmp_path):

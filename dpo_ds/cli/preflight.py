@@ -117,6 +117,78 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
                     parent.rmdir()
 
 
+@dataclass(frozen=True)
+class Checkpointed:
+    """A checkpoint that is to be exported, found and checked.
+
+    Attributes:
+        config: the run's config, with the places where its paths were found.
+        tokenizer: folder, file or hub id.
+        policy_config: the policy's resolved DeepSpeed config.
+        reference_config: that of the frozen engine which reads the export back.
+        checkpoint: the folder.
+        out: where the model goes.
+    """
+
+    config: RunConfig
+    tokenizer: str
+    policy_config: dict[str, Any]
+    reference_config: dict[str, Any]
+    checkpoint: Path
+    out: Path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return _DTYPES[self.config.model.dtype]
+
+    @property
+    def plan(self) -> str:
+        """What will happen, for a person to read."""
+        return f"{'export':>10}  {self.checkpoint} to {self.out}"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all nodes, by names that a person understands."""
+        named = {f"the version of {name}": str(version) for name, version in versions().items()}
+        return named | {"the checkpoint": str(self.checkpoint), "--out": str(self.out)}
+
+
+def find_checkpoint(run: Run, *, out: Path | None) -> Checkpointed:
+    """Finds the checkpoint that is to be exported.
+
+    Args:
+        run: the parsed command line; ``checkpoint.resume`` may name a checkpoint, else it is the newest complete one.
+        out: where the model goes; by default ``export`` in the output folder.
+
+    Raises:
+        UserError: there is none, or it was made from another model or dtype.
+    """
+    folder, resume = Path(run.config.output_dir), run.config.checkpoint.resume
+    if resume in ("auto", "never"):
+        complete, damaged = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
+        if not complete:
+            why = damaged[0] if damaged else f"there is none in {folder / CHECKPOINTS_FOLDER}"
+            raise UserError(f"no checkpoint can be exported: {why}; name one with --checkpoint.resume")
+        checkpoint = complete[0]
+    else:
+        checkpoint = Path(resolve_path(resume, key="checkpoint.resume", run_file=run.file))
+        _check_named(checkpoint, newer=())
+    run = run._replace(config=_located(run))
+    run, policy_config, _ = _deepspeed_configs(run)
+    config = run.config
+    check_origin(checkpoint, read_saved(checkpoint).origin, {"model.dtype": config.model.dtype}, allowed=())
+    build_extensions(policy_config)
+    return Checkpointed(
+        config=config,
+        tokenizer=config.model.tokenizer or config.model.policy,
+        policy_config=policy_config,
+        reference_config=reference_ds_config(config.deepspeed.reference, dtype=config.model.dtype),
+        checkpoint=checkpoint,
+        out=out or folder / "export",
+    )
+
+
 def _checkpoints(run: Run, folder: Path) -> tuple[Path, ...]:
     """Returns the complete checkpoints that the run may go on from, in the order of preference."""
     resume = run.config.checkpoint.resume

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from dpo_ds.cli.export import export_model
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import open_prepared
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
-from dpo_ds.engine.export import export
+from dpo_ds.engine.ds_config import reference_ds_config
+from dpo_ds.engine.export import lack_of_room
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
@@ -24,8 +26,6 @@ from dpo_ds.errors import Stopped
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
-from dpo_ds.models.causal_lm import load_model_config
-from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.report import plot_curves
 from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
@@ -114,6 +114,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
+    world.agree(lack_of_room(engines.policy, folder) if world.rank == 0 else None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.
@@ -143,11 +144,17 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         # Here, so that the other ranks wait for what wandb takes.
         tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
         raise
-    export(
+    if engines.reference is not None:
+        engines.reference.free()  # what reads the export back takes its place
+    export_model(
         engines.policy,
-        load_tokenizer(inputs.tokenizer, trust_remote_code=config.model.trust_remote_code),
         folder / "export",
-        config=load_model_config(inputs.policy, trust_remote_code=config.model.trust_remote_code),
+        config=config,
+        tokenizer=inputs.tokenizer,
+        reference_config=inputs.reference_config
+        or reference_ds_config(config.deepspeed.reference, dtype=config.model.dtype),
+        step=trained.steps,
+        evaluation=trained.evaluation,
         world=world,
     )
     summary = _summary(trained, world)

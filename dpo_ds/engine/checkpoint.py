@@ -4,9 +4,7 @@ Written aside, every file's size and checksum listed last in ``COMPLETE``, then 
 here: the schedule derives it from the step.
 """
 
-import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -23,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from dpo_ds.config import shown
+from dpo_ds.engine.files import measured, settled, sync_folder
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
@@ -32,7 +31,6 @@ COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _ASIDE = ".tmp"
 _FORMAT = 2
-_PIECE_BYTES = 2**24
 _BYTES_PER_PARAMETER = 12
 """A master weight and Adam's two moments, in float32; the weights themselves follow from the masters."""
 _SEEN_WITHIN_S = 10.0
@@ -111,7 +109,7 @@ def problem_of(checkpoint: Path) -> str | None:
             held = (checkpoint / name).stat().st_size
             if held != size:
                 return f"{checkpoint / name} holds {held} bytes in place of {size}"
-        if _measured(checkpoint / _STATE) != files[_STATE] or read_saved(checkpoint).format != _FORMAT:
+        if measured(checkpoint / _STATE) != files[_STATE] or read_saved(checkpoint).format != _FORMAT:
             return f"{checkpoint / _STATE} is damaged, or of another version"
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
@@ -264,7 +262,7 @@ class Checkpoints:
             try:
                 # Not by save_file, whose files nobody else may read, whatever the user's umask.
                 (aside / _random_file(self._world.rank)).write_bytes(serialized(_random_state()))
-                files = {path.name: _settled(path) for path in self._mine(aside)}
+                files = {path.name: settled(path) for path in self._mine(aside)}
             except OSError as error:
                 problem = first_line(error)
         self._agree(problem and self._unwritable(problem), aside)
@@ -354,14 +352,14 @@ class Checkpoints:
 
     def _complete(self, aside: Path, target: Path, saved: Saved, files: dict[str, tuple[int, str]]) -> None:
         (aside / _STATE).write_text(json.dumps(asdict(saved), indent=1) + "\n")
-        files[_STATE] = _settled(aside / _STATE)
+        files[_STATE] = settled(aside / _STATE)
         (aside / COMPLETE).write_text(json.dumps({"files": files}, indent=1) + "\n")
-        _settled(aside / COMPLETE)
-        _sync_folder(aside)
+        settled(aside / COMPLETE)
+        sync_folder(aside)
         if target.exists():
             self._remove(target)
         aside.rename(target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _prune(self) -> None:
         complete, _ = complete_checkpoints(self.folder)
@@ -412,33 +410,10 @@ def _listed(checkpoint: Path) -> dict[str, tuple[int, str]]:
 def _damages(checkpoint: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
     for name, entry in files.items():
         try:
-            if _measured(checkpoint / name) != entry:
+            if measured(checkpoint / name) != entry:
                 yield f"{checkpoint / name} is damaged: its checksum is not the one that it was saved with"
         except OSError as error:
             yield f"{checkpoint / name} cannot be read: {error}"
-
-
-def _settled(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _measured(path)
-
-
-def _measured(path: Path) -> tuple[int, str]:
-    size, digest = 0, hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            size += len(piece)
-            digest.update(piece)
-    return size, digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _best(checkpoints: Mapping[int, Path], name: str) -> int | None:

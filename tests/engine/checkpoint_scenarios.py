@@ -17,6 +17,7 @@ import torch
 from dpo_ds.engine import Engines, World, checkpoint
 from dpo_ds.engine.checkpoint import Checkpoints, Progress, complete_checkpoints, read_saved
 from dpo_ds.engine.extensions import build_extensions
+from dpo_ds.engine.files import measured
 from dpo_ds.errors import RunError, UserError
 from tests.engine.scenarios import DTYPES, engines_of, main, my_batch, take_step
 
@@ -158,7 +159,7 @@ def changed(world: World, path: Path, change: Callable[[Path], object]) -> None:
     if world.rank == 0:
         change(path)
         manifest = json.loads((path.parent / "COMPLETE").read_text())
-        manifest["files"][path.name] = checkpoint._measured(path)
+        manifest["files"][path.name] = measured(path)
         (path.parent / "COMPLETE").write_text(json.dumps(manifest))
     world.barrier()
 

@@ -212,7 +212,15 @@ def exports(world: World, model: str, out: str) -> None:
     engines.policy.model.eval()
     with torch.no_grad():
         engines.policy.score(my_batch(world))
-    export(engines.policy, NoTokenizer(), Path(out), config=load_model_config(model), world=world)  # type: ignore[arg-type]
+    export(
+        engines.policy,
+        NoTokenizer(),  # type: ignore[arg-type]
+        Path(out),
+        config=load_model_config(model),
+        world=world,
+        card="# a model",
+        shard_bytes=20_000,  # so that both ranks write several files
+    )
     scored = world.gather(engines.policy.score(my_batch(world)).tolist())
     if world.rank == 0:
         Path(out, "scores.json").write_text(json.dumps(scored))

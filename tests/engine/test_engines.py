@@ -1,4 +1,5 @@
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,14 @@ def test_a_checkpoint_that_does_not_fill_its_model_exactly_is_refused_on_every_r
 @pytest.mark.parametrize("family", EXPORTED)
 def test_an_export_opens_in_a_plain_process_and_scores_as_the_engine_did(job, tiny_models, family):
     folder = job / f"export-{family}"
-    assert set(load_file(folder / "model.safetensors")) == set(load_file(tiny_models[family] / "model.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    stored = [name for file in files for name in load_file(file)]
+    assert sorted(stored) == sorted(load_file(tiny_models[family] / "model.safetensors"))
+    subprocess.run(["sha256sum", "--quiet", "--strict", "-c", "SHA256SUMS"], cwd=folder, check=True)
+    listed = [line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert sorted([*listed, "SHA256SUMS", "scores.json"]) == sorted(path.name for path in folder.iterdir())
+    assert not list(folder.parent.glob("*.tmp"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype is torch.bfloat16
     by_rank = json.loads((folder / "scores.json").read_text())
