@@ -172,7 +172,7 @@ def real_pairs(data: Path, tokenizer: Path, count: int, *, work: Path) -> list[I
     if opened.vocab_size > VOCABULARY or opened.eos_id != _SPECIAL.index("</s>"):
         raise UserError(f"--tokenizer must have {VOCABULARY} tokens at most and EOS 2, as Llama's, got {tokenizer}")
     prepared = prepare(
-        [Source(str(data), "train", {}, 1.0)],
+        [Source(str(data), "train", {})],
         opened,
         max_length=LONGEST,
         truncation=None,

@@ -1,5 +1,7 @@
 """Sums and counts of what a step or an evaluation measures; one packed tensor carries them all across ranks."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,24 @@ def add_pairs(tally: Tally, loss: PreferenceLoss, logps: PairLogps, *, weights: 
     }
     for name, value in values.items():
         tally.add(name, value, weights=weights)
+
+
+def add_sources(
+    tally: Tally, loss: PreferenceLoss, *, names: Mapping[int, str], sources: Tensor, weights: Tensor
+) -> None:
+    """Adds one micro-batch's losses and accuracies by source, as ``source/NAME/loss``.
+
+    Args:
+        tally: where to add.
+        loss: the pairs' losses and rewards, each ``(pairs,)``.
+        names: those of all sources, by number; a name is added where the micro-batch has no pair of it, too.
+        sources: ``(pairs,)``, each pair's.
+        weights: ``(pairs,)``, 0 for stand-ins.
+    """
+    for number, name in names.items():
+        mine = weights * (sources == number)
+        tally.add(f"source/{name}/loss", loss.losses, weights=mine)
+        tally.add(f"source/{name}/rewards/accuracies", loss.accuracies, weights=mine)
 
 
 def add_work(tally: Tally, *, tokens: int, filled: int, positions: int) -> None:

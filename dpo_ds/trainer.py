@@ -13,10 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_ds.config import RunConfig
+from dpo_ds.config import RunConfig, source_names
 from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepare import PreparedPairs
-from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, Schedule, plan_evaluation, plan_training, regroup
+from dpo_ds.data.schedule import (
+    PackedRows,
+    PaddedRows,
+    Part,
+    Plan,
+    Rows,
+    Schedule,
+    plan_evaluation,
+    plan_training,
+    regroup,
+)
 from dpo_ds.engine import Engines, World
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, complete_checkpoints
 from dpo_ds.engine.reference_cache import CachedReference
@@ -26,7 +36,7 @@ from dpo_ds.gate import BATCHES as GATE_BATCHES
 from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, check_probe, starts_equal
 from dpo_ds.learning_rate import learning_rate
 from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss, starting_losses
-from dpo_ds.metrics import Tally, add_pairs, add_work
+from dpo_ds.metrics import Tally, add_pairs, add_sources, add_work
 from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
 from dpo_ds.watchdog import Watchdog
@@ -41,6 +51,24 @@ class Trained:
     tokens: int
     train_seconds: float
     evaluation: dict[str, float] | None = None
+
+
+def schedule_of(config: RunConfig, train: PreparedPairs) -> Schedule:
+    """Returns the order of a run's steps.
+
+    Args:
+        config: the run file.
+        train: pairs to train on, of the sources that it lists.
+    """
+    weights = (source.weight for source in config.data.train)
+    return Schedule.of_run(
+        parts=map(Part, train.pairs_of_parts, weights),
+        pairs_per_step=config.train.pairs_per_step,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
 
 
 class Trainer:
@@ -92,14 +120,7 @@ class Trainer:
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         self._train_costs = self._costs(train)
         self._train_rows = self._rows(train)
-        self.schedule = Schedule.of_run(
-            pairs=len(train),
-            pairs_per_step=config.train.pairs_per_step,
-            epochs=config.train.epochs,
-            max_steps=config.train.max_steps,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle,
-        )
+        self.schedule = schedule_of(config, train)
 
     @torch.no_grad()
     def pass_the_gate(self, *, same_source: bool) -> bool:
@@ -282,12 +303,23 @@ class Trainer:
         )
         tally = Tally(self._world.device)
         self._engines.policy.model.eval()
-        for batch, reference in self._scored(self._evaluation, plan):
+        names = self._evaluated_sources(self._evaluation)
+        part = torch.from_numpy(self._evaluation.part)
+        scored = self._scored(self._evaluation, plan)
+        for micro_batch, (batch, reference) in zip(plan[self._world.rank], scored, strict=True):
             loss, logps = self._compare(batch, reference)
             add_pairs(tally, loss, logps, weights=batch.weights)
+            sources = part[list(micro_batch.pairs)].to(self._world.device)
+            add_sources(tally, loss, names=names, sources=sources, weights=batch.weights)
         metrics = tally.means(self._world.sum(tally.packed()))
         self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
         return metrics
+
+    def _evaluated_sources(self, pairs: PreparedPairs) -> dict[int, str]:
+        """Returns the names of sources that have pairs, by number; none where there is one source only."""
+        names = source_names(self._config.data.eval or ())
+        counts = pairs.pairs_of_parts
+        return {number: name for number, name in enumerate(names) if len(names) > 1 and counts[number]}
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return step == self.schedule.steps or (every is not None and step % every == 0)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_ds.config import DataSource, Run, TrainConfig, check, dump_yaml, parse_run, resolve_path, settle
+from dpo_ds.config import (
+    DataSource,
+    Run,
+    TrainConfig,
+    check,
+    dump_yaml,
+    parse_run,
+    resolve_path,
+    settle,
+    source_names,
+)
 from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 
@@ -81,6 +91,12 @@ def test_sources_keep_their_weight_split_and_columns(parse):
     )
 
 
+def test_sources_are_called_by_their_name_or_file_or_hub_id():
+    paths = ["a/ultra.v2.jsonl.gz", "org/hh-rlhf", "data/some-*/*.jsonl", "ü b.json", "**/*.json"]
+    sources = (*map(DataSource, paths), DataSource("a.jsonl", name="mine"))
+    assert source_names(sources) == ("ultra", "hh-rlhf", "data", "ü-b", "data", "mine")
+
+
 def test_environment_values_become_text(parse):
     text = SMALLEST + "env: {OMP_NUM_THREADS: 1, MODE: fast}\n"
     env = parse(text, "--env.LEVEL", "2").config.env
@@ -123,6 +139,11 @@ def test_the_dumped_config_parses_to_itself(parse, text):
         (["--data.train", "3"], r"data.train must be a path, a hub id, or a list of \{path, .*, got 3"),
         (["--data.train", "[{pth: a}]"], r"data.train\[0\] must be \{path, .* at least a path, got"),
         (["--data.train", "[{path: a, weigt: 1}]"], r"data.train\[0\]: unknown key weigt; a source has path, weight"),
+        (
+            ["--data.train", "[{path: a/x.jsonl}, {path: b/x.jsonl}]"],
+            r"data.train\[1\] is called x in the metrics, as data.train\[0\] is; give one a name",
+        ),
+        (["--data.train", "[{path: a, name: x/y}]"], r"data.train\[0\].name must be letters, digits"),
         (["--data.train", "[{path: a, weight: 0}]"], r"data.train\[0\].weight must be a number > 0, got 0"),
         (["--data.eval", "[]"], r"data.eval must be a path, a hub id, or a list"),
         (["--config", "other.yaml"], "--config is given twice"),
@@ -187,6 +208,8 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("data.scored", "some", "must be one of last_turn, all_assistant_turns, got 'some'"),
         ("data.max_length", "1", "must be >= 2, got 1"),
         ("data.max_dropped", "1.1", "must be >= 0 and <= 1, got 1.1"),
+        ("data.processes", "0", "must be >= 1 or null, got 0"),
+        ("data.eval", "[{path: a, weight: 2}]", "must be sources of weight 1, since an evaluation scores every"),
         ("train.pairs_per_step", "0", "must be >= 1, got 0"),
         ("train.tokens_per_micro_batch", "0", "must be >= 1, got 0"),
         ("train.epochs", "0", "must be >= 1, got 0"),

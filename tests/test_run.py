@@ -236,18 +236,28 @@ def test_uneven_pairs_finish_with_every_collective_in_step(run, ranks, count):
     assert [line["pairs"] for line in lines(out, "eval")] == [count, count]
 
 
-def test_an_evaluation_does_not_depend_on_ranks_or_budget(run):
+def test_an_evaluation_behind_a_weighted_mixture_does_not_depend_on_ranks_or_budget(run):
     found = []
+    mixture = [{"path": "pairs.jsonl", "weight": 1.5}, {"path": "held_out.jsonl", "weight": 0.5}]
+    both = [{"path": "pairs.jsonl"}, {"path": "held_out.jsonl", "name": "new"}]
     for ranks, budget in ((1, 100), (2, 150), (3, 2000)):
         finished, out = run(
             ranks,
             rows=rows_of_words(11),
-            data={"eval": "pairs.jsonl"},
+            held_out=rows_of_words(15)[11:],
+            data={"train": mixture, "eval": both, "shuffle": True},
             train={"tokens_per_micro_batch": budget, "eval_every": 1},
         )
         finished.expect_success()
-        found.append([line["loss"] for line in lines(out, "eval")])
-    assert [line["step"] for line in lines(out, "eval")] == [0, 1, 2, 3]
+        evaluations = lines(out, "eval")
+        found.append([line[name] for line in evaluations for name in ("loss", "source/new/loss")])
+        for line in evaluations:
+            for name in ("loss", "rewards/accuracies"):
+                of_all = (11 * line[f"source/pairs/{name}"] + 4 * line[f"source/new/{name}"]) / 15
+                assert of_all == pytest.approx(line[name], rel=1e-6)
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3, 4, 5]
+    # Of 11 pairs 16.5 are taken, rounded half up, of 4 pairs 2.
+    assert [line["pairs"] for line in lines(out)] == [4, 4, 4, 4, 3]
     for evaluation in found[1:]:
         assert evaluation == pytest.approx(found[0], abs=1e-5)
 

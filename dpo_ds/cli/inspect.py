@@ -220,7 +220,7 @@ def examine(
 
 def _source(source: DataSource, run: Run, key: str) -> Source:
     path = resolve_path(source.path, key=key, run_file=run.file, hub=True)
-    return Source(path, source.split or "train", source.columns, source.weight)
+    return Source(path, source.split or "train", source.columns)
 
 
 def _count(findings: Findings, pair: TokenizedPair, tokenizer: Tokenizer) -> None:

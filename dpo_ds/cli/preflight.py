@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle
+from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
 from dpo_ds.data.prepare import PreparedPairs, Source, prepare
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import Tokenizer
@@ -31,6 +31,7 @@ from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE, versions
+from dpo_ds.trainer import schedule_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -101,20 +102,28 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
 
     Raises:
         UserError: the run cannot work; nothing that this call wrote is left.
+        RunError: a process that prepares data was killed; what it had whole is gone on from.
     """
     folder = Path(run.config.output_dir)
     checkpoints = _checkpoints(run, folder)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
-    inputs = None
     try:
         inputs = _checked(run, folder, ranks, checkpoints)
-        return inputs
-    finally:
-        if created and (inputs is None or run.dry_run):
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in created[1:]:
-                with suppress(OSError):  # another run works in there, or it never came to be
-                    parent.rmdir()
+    except UserError:
+        _remove(created)
+        raise
+    if run.dry_run:
+        _remove(created)
+    return inputs
+
+
+def _remove(created: Sequence[Path]) -> None:
+    """Removes a folder, the first, and those above it unless another run works in there."""
+    for place in created[:1]:
+        shutil.rmtree(place, ignore_errors=True)
+    for parent in created[1:]:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -258,13 +267,14 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
 
     def prepared(sources: Sequence[DataSource]) -> PreparedPairs:
         return prepare(
-            [Source(source.path, source.split or "train", source.columns, source.weight) for source in sources],
+            [Source(source.path, source.split or "train", source.columns) for source in sources],
             tokenizer,
             max_length=config.data.max_length,
             truncation=config.data.truncation,
             scored=config.data.scored,
             max_dropped=config.data.max_dropped,
             folder=folder / "data",
+            processes=config.data.processes,
         )
 
     train = prepared(config.data.train)
@@ -317,7 +327,7 @@ def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
 
 
 _CHANGEABLE = {
-    *("data.train", "data.eval", "data.max_dropped"),
+    *("data.train", "data.eval", "data.max_dropped", "data.processes"),
     *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch", "train.eval_every"),
 }
 
@@ -420,10 +430,11 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
 
 
 def _check_sizes(config: RunConfig, train: PreparedPairs, evaluation: PreparedPairs | None) -> None:
-    wanted = config.train.pairs_per_step
-    if len(train) < wanted:
+    wanted, usable = config.train.pairs_per_step, schedule_of(config, train).pairs
+    if usable < wanted:
+        weighted = " an epoch by its weights" * (usable != len(train))
         raise UserError(
-            f"train.pairs_per_step is {wanted}, but data.train has only {len(train)} usable pairs; "
+            f"train.pairs_per_step is {wanted}, but data.train has only {usable} usable pairs{weighted}; "
             "lower train.pairs_per_step or give more data"
         )
     lengths = [pairs.lengths for pairs in (train, evaluation) if pairs is not None]
@@ -449,15 +460,7 @@ def _plan(
     cache: Path | None,
     checkpoints: Sequence[Path],
 ) -> str:
-    settings = config.train
-    schedule = Schedule.of_run(
-        pairs=len(train),
-        pairs_per_step=settings.pairs_per_step,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        shuffle=config.data.shuffle,
-    )
+    settings, schedule = config.train, schedule_of(config, train)
     lengths = train.lengths
     rows = {
         "policy": f"{policy} in {config.model.dtype}",
@@ -466,6 +469,7 @@ def _plan(
         else "none",
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
         "pairs": f"{_usable(train)} to train on" + (f", {_usable(evaluation)} held out" if evaluation else ""),
+        **_mixture(config, schedule),
         "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "
         f"rejected {lengths.rejected.mean():.0f} on average; longest pair {lengths.tokens.max()}",
         "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
@@ -473,6 +477,13 @@ def _plan(
         "output": config.output_dir,
     } | ({"goes on": f"from {checkpoints[0]}"} if checkpoints else {})
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def _mixture(config: RunConfig, schedule: Schedule) -> dict[str, str]:
+    parts = zip(source_names(config.data.train), schedule.parts, strict=True)
+    if all(part.weight == 1 for part in schedule.parts):
+        return {}
+    return {"an epoch": ", ".join(f"{part.taken} of {name} ({part.pairs} x {part.weight:g})" for name, part in parts)}
 
 
 def _usable(pairs: PreparedPairs) -> str:

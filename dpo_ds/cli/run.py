@@ -14,7 +14,7 @@ from dpo_ds.cli.export import export_model
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
-from dpo_ds.data.prepare import open_prepared
+from dpo_ds.data.prepare import PreparedPairs, open_prepared
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.ds_config import reference_ds_config
@@ -22,7 +22,7 @@ from dpo_ds.engine.export import lack_of_room
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
-from dpo_ds.errors import Stopped
+from dpo_ds.errors import Stopped, UserError
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
@@ -98,7 +98,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
     )
-    pairs = open_prepared(inputs.train)
+    pairs = _same_pairs(inputs.train, world)
     check_heads(engines, pairs.pair(0), world=world)
     packed = choose_layout(engines, pairs.pair(0), layout=inputs.layout, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, inputs.dtype), device=world.device)))
@@ -124,7 +124,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         engines,
         config,
         train=pairs,
-        evaluation=open_prepared(inputs.evaluation) if inputs.evaluation else None,
+        evaluation=_same_pairs(inputs.evaluation, world) if inputs.evaluation else None,
         world=world,
         tracker=tracker,
         checkpoints=checkpoints,
@@ -164,6 +164,18 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         # Last, since wandb may take its time.
         tracker.finish(summary)
         print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
+
+
+def _same_pairs(path: Path, world: World) -> PreparedPairs:
+    """Maps pairs that each node may have prepared for itself, with libraries of its own."""
+    pairs = open_prepared(path)
+    held = world.gather(tuple(pairs.manifest.shards.values()))
+    if len(set(held)) > 1:
+        raise UserError(
+            f"the pairs in {path} differ between nodes; install the same tokenizers and transformers on all, and "
+            "delete the folder on each"
+        )
+    return pairs
 
 
 def _occupied(folder: Path, world: World) -> FileLock:

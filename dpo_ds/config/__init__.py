@@ -20,6 +20,7 @@ from dpo_ds.config.schema import (
     flat,
     shown,
 )
+from dpo_ds.config.sources import source_names
 
 __all__ = [
     "CheckpointConfig",
@@ -40,4 +41,5 @@ __all__ = [
     "resolve_path",
     "settle",
     "shown",
+    "source_names",
 ]

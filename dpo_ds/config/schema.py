@@ -37,16 +37,19 @@ class DataSource:
 
     Attributes:
         path: file, folder or hub id.
-        weight: how often its pairs are drawn, relative to their number.
+        weight: how often an epoch of training holds each of its pairs: 2 is twice, 0.5 half of them, and the other half
+            in the next epoch.
         split: the split's name where there are several.
         columns: our column names mapped to the data set's, where these differ; prompt and label may be several. Those
             that are read only where they are named: tools, probability, margin and weight, of each row.
+        name: what metrics call it; None: after its file or hub id, as ``source_names`` says.
     """
 
     path: str
     weight: float = 1.0
     split: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class DataConfig:
     """The preference pairs. In the run file ``train`` and ``eval`` may also be one path or hub id."""
 
     train: tuple[DataSource, ...] = _required(
-        "file, glob, folder or hub id, or a list of {path, weight, split, columns}"
+        "file, glob, folder or hub id, or a list of {path, weight, split, columns, name}"
     )
     eval: tuple[DataSource, ...] | None = _key(None, "held-out pairs, given as train is; null: no evaluation")
     max_length: int = _key(1024, "tokens of prompt + longer response")
@@ -67,6 +70,9 @@ class DataConfig:
     )
     max_dropped: float = _key(0.05, "share of unusable rows above which the run is refused")
     shuffle: bool = _key(True, "false keeps the file's order")
+    processes: int | None = _key(
+        None, "how many tokenize; null: one on each core, 16 at most, where there is much to do"
+    )
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,12 @@ def check(config: RunConfig) -> None:
             "null or >= train.tokens_per_micro_batch",
         ),
         ("model.attention", config.model.attention == "auto" or train.layout != "packed", "auto where rows are packed"),
+        (
+            "data.eval",
+            all(source.weight == 1 for source in data.eval or ()),
+            "sources of weight 1, since an evaluation scores every pair once",
+        ),
+        ("data.processes", data.processes is None or data.processes >= 1, ">= 1 or null"),
         ("train.epochs", train.epochs >= 1, ">= 1"),
         ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
         ("train.learning_rate", train.learning_rate > 0, "> 0"),

@@ -1,6 +1,9 @@
 """``data.train`` and ``data.eval``: a path, a hub id, or a list of sources. No data is looked at."""
 
 import math
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from dpo_ds.config.schema import DataSource, shown
@@ -11,30 +14,48 @@ _EXPECTATIONS = {
     "weight": "a number > 0",
     "split": "text or null",
     "columns": "a mapping of our column names to the data set's",
+    "name": "letters, digits, points and dashes, or null",
 }
+_SHAPE = "{path, weight, split, columns, name}"
 
 
 def read_sources(value: object, *, key: str) -> tuple[DataSource, ...]:
     """Returns the sources that a run file's value names.
 
     Args:
-        value: one path or hub id, or a list of ``{path, weight, split, columns}``.
+        value: one path or hub id, or a list of ``{path, weight, split, columns, name}``.
         key: the run file's key, for messages.
 
     Raises:
-        UserError: the value is something else.
+        UserError: the value is something else, or two sources have one name.
     """
     sources = [{"path": value}] if isinstance(value, str) else value
     if not isinstance(sources, list | tuple) or not sources:
-        raise UserError(
-            f"{key} must be a path, a hub id, or a list of {{path, weight, split, columns}}, got {shown(value)}"
-        )
-    return tuple(_source(source, key=f"{key}[{place}]") for place, source in enumerate(sources))
+        raise UserError(f"{key} must be a path, a hub id, or a list of {_SHAPE}, got {shown(value)}")
+    found = tuple(_source(source, key=f"{key}[{place}]") for place, source in enumerate(sources))
+    names = source_names(found)
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise UserError(
+                f"{key}[{place}] is called {name} in the metrics, as {key}[{names.index(name)}] is; give one a name"
+            )
+    return found
+
+
+def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:
+    """Returns what metrics call the sources: their names, or the last part of their path or hub id without suffixes."""
+    return tuple(source.name or _name_of(source.path) for source in sources)
+
+
+def _name_of(path: str) -> str:
+    plain = [part for part in PurePath(path).parts if not re.search(r"[*?\[]", part)]
+    stem = plain[-1].split(".")[0] if plain else ""
+    return re.sub(r"[^\w-]+", "-", stem) or "data"
 
 
 def _source(value: object, *, key: str) -> DataSource:
     if not isinstance(value, dict) or "path" not in value:
-        raise UserError(f"{key} must be {{path, weight, split, columns}} with at least a path, got {shown(value)}")
+        raise UserError(f"{key} must be {_SHAPE} with at least a path, got {shown(value)}")
     for name, part in value.items():
         if name not in _EXPECTATIONS:
             raise UserError(f"{key}: unknown key {name}; a source has {', '.join(_EXPECTATIONS)}")
@@ -48,6 +69,8 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, str) and bool(value.strip())
     if name == "weight":
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if name == "name":
+        return value is None or (isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None)
     if name == "split":
         return value is None or isinstance(value, str)
     return isinstance(value, dict) and all(isinstance(ours, str) and _names(theirs) for ours, theirs in value.items())

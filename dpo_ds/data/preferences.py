@@ -127,7 +127,6 @@ class Source:
         columns: what this source calls ``prompt``, ``chosen``, ``rejected``, ``output_1``, ``output_2``, ``label`` and
             ``answers``, where it names them otherwise; ``prompt`` and ``label`` may be several columns. ``tools``,
             ``probability``, ``margin`` and ``weight`` are read only where they are named here.
-        weight: the source's share among several; None or 1.
 
     Raises:
         UserError: ``columns`` has another key, or several columns for one of the others.
@@ -136,7 +135,6 @@ class Source:
     path: str
     split: str = "train"
     columns: Columns = field(default_factory=dict, hash=False)
-    weight: float | None = None
 
     def __post_init__(self) -> None:
         for name, named in self.columns.items():

@@ -136,10 +136,10 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 
 
 def _file_rows(path: Path, columns: Columns) -> Rows:
-    from datasets import load_dataset
-
     builder = str(_builder(path))
     if builder not in _READERS:
+        from datasets import load_dataset
+
         return _table_rows(str(path), columns, lambda: load_dataset(builder, data_files=str(path), split="train"))
     rows = _READERS[builder](path, columns)
     if not len(rows):

@@ -3,13 +3,47 @@
 Pure functions of (seed, epoch, step) and of lengths. No token and no tensor may enter, and ranks are a number here.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Part(NamedTuple):
+    """A source's pairs, which follow those of the source before in the data.
+
+    A source of n pairs and weight w is an endless row of passes over its pairs, each pass in an order of its own, of
+    which every epoch takes the next w * n pairs (rounded to the nearest, half up; at least 1). So weight 2 is each pair
+    twice an epoch, weight 0.5 a random half of them and in the next epoch the other half, and over a run no pair of a
+    source comes more than once oftener than another.
+
+    Attributes:
+        pairs: how many it has.
+        weight: > 0.
+    """
+
+    pairs: int
+    weight: float = 1.0
+
+    @property
+    def taken(self) -> int:
+        """How many pairs an epoch takes, each as often as it comes."""
+        return max(1, math.floor(self.weight * self.pairs + 0.5)) if self.pairs else 0
+
+    def pairs_of_epoch(self, epoch: int, *, seed: Sequence[int], shuffle: bool) -> NDArray[np.int64]:
+        """Returns which of its pairs, counted from 0, an epoch (from 0) takes, ``(taken,)``."""
+        if self.taken == self.pairs:
+            return np.arange(self.pairs)
+        passes, places = np.divmod(np.arange(epoch * self.taken, (epoch + 1) * self.taken), self.pairs)
+        if not shuffle:
+            return places
+        orders = [_permutation([*seed, number], self.pairs) for number in range(passes[0], passes[-1] + 1)]
+        return np.concatenate([order[places[passes == passes[0] + n]] for n, order in enumerate(orders)])
 
 
 @dataclass(frozen=True)
@@ -17,14 +51,14 @@ class Schedule:
     """What every optimizer step holds: a pure function of the seed and the step, whatever the number of ranks.
 
     Attributes:
-        pairs: how many pairs the data holds.
+        parts: the data's sources.
         pairs_per_step: pairs of one optimizer step over all ranks; the last step of an epoch takes what is left.
         steps: optimizer steps of the whole run.
         seed: seeds each epoch's order.
-        shuffle: False keeps the order of the file.
+        shuffle: False keeps the order of the file, one source behind the other.
     """
 
-    pairs: int
+    parts: tuple[Part, ...]
     pairs_per_step: int
     steps: int
     seed: int
@@ -32,11 +66,23 @@ class Schedule:
 
     @classmethod
     def of_run(
-        cls, *, pairs: int, pairs_per_step: int, epochs: int, max_steps: int | None, seed: int, shuffle: bool
+        cls,
+        *,
+        parts: Iterable[Part],
+        pairs_per_step: int,
+        epochs: int,
+        max_steps: int | None,
+        seed: int,
+        shuffle: bool,
     ) -> "Schedule":
         """Returns the schedule of ``epochs`` passes over the data, or of exactly ``max_steps`` steps if that is set."""
-        steps = max_steps if max_steps is not None else epochs * -(-pairs // pairs_per_step)
-        return cls(pairs=pairs, pairs_per_step=pairs_per_step, steps=steps, seed=seed, shuffle=shuffle)
+        one = cls(parts=tuple(parts), pairs_per_step=pairs_per_step, steps=1, seed=seed, shuffle=shuffle)
+        return replace(one, steps=max_steps if max_steps is not None else epochs * one.steps_per_epoch)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch, each as often as it comes."""
+        return sum(part.taken for part in self.parts)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,15 +98,27 @@ class Schedule:
     def pairs_of_step(self, step: int) -> NDArray[np.int64]:
         """Returns the indices of the pairs that optimizer step ``step`` (from 1) trains on, ``(pairs,)``."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order = self._order_of_epoch(epoch)
-        return order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step]
+        order = _order_of_epoch(self, epoch)
+        return order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step].copy()
 
-    def _order_of_epoch(self, epoch: int) -> NDArray[np.int64]:
-        if not self.shuffle:
-            return np.arange(self.pairs)
-        # RandomState, not Generator: NumPy promises (NEP 19) that its stream never changes, so a resumed run sees the
-        # same order under another NumPy.
-        return np.random.RandomState([self.seed, epoch]).permutation(self.pairs)
+
+@lru_cache(maxsize=1)
+def _order_of_epoch(schedule: Schedule, epoch: int) -> NDArray[np.int64]:
+    seed, shuffle = schedule.seed, schedule.shuffle
+    starts = np.cumsum([0, *(part.pairs for part in schedule.parts)])
+    pairs = np.concatenate(
+        [
+            start + part.pairs_of_epoch(epoch, seed=[seed, number], shuffle=shuffle)
+            for number, (start, part) in enumerate(zip(starts, schedule.parts, strict=False))
+        ]
+    )
+    return np.sort(pairs)[_permutation([seed, epoch], len(pairs))] if shuffle else pairs
+
+
+def _permutation(seed: Sequence[int], length: int) -> NDArray[np.int64]:
+    # RandomState, not Generator: NumPy promises (NEP 19) that its stream never changes, so a resumed run sees the same
+    # order under another NumPy.
+    return np.random.RandomState(seed).permutation(length)
 
 
 class MicroBatch(NamedTuple):

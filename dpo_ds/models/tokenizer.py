@@ -64,14 +64,17 @@ class HuggingFaceTokenizer:
                 "tokenizer_config.json"
             )
         self._tokenizer = tokenizer
+        # Tokenizers' own encoding, without offsets, takes two thirds of the time of transformers' way there. A class
+        # that encodes in another way keeps it.
+        self._backend = tokenizer.backend_tokenizer if _encodes_as_its_backend(tokenizer) else None
         self.name = name
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.has_chat_template = bool(tokenizer.chat_template)
-        specimen = self._encode("a", special=True)
+        specimen = list(tokenizer.encode("a", add_special_tokens=True, verbose=False))
         self._appends_eos = specimen[-1:] == [self.eos_id]
-        # Only now: the first encoding resets the truncation and padding that a tokenizer.json may hold.
+        # Only now: transformers' own encoding resets the truncation and padding that a tokenizer.json may hold.
         self.identity = _identity(tokenizer, specimen)
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -113,6 +116,9 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(folder)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
+        if self._backend is not None:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+            return list(encoding.ids)
         return list(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
 
@@ -194,6 +200,12 @@ def _open(path: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"the tokenizer {path} cannot be opened ({first_line(error)}); set model.tokenizer to {_EXPECTED}"
         ) from error
+
+
+def _encodes_as_its_backend(tokenizer: Any) -> bool:
+    from transformers import PreTrainedTokenizerFast
+
+    return bool(tokenizer.is_fast) and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
 
 
 def _identity(tokenizer: Any, specimen: list[int]) -> str:

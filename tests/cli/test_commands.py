@@ -20,9 +20,9 @@ def test_prepare_tokenizes_what_a_run_then_finds(files, capsys):
     said = capsys.readouterr().out
     (folder,) = (files / "out/data").iterdir()
     assert f"prepared  {'out/data'}/{folder.name}" in said
-    written = (folder / "pairs.arrow").stat().st_mtime_ns
+    written = (folder / "pairs-00000.arrow").stat().st_mtime_ns
     main(["prepare", "--config", "run.yaml"])
-    assert (folder / "pairs.arrow").stat().st_mtime_ns == written
+    assert (folder / "pairs-00000.arrow").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(

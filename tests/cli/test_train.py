@@ -106,6 +106,11 @@ CASES = {
         "train.gradient_clipping is 1.0 in the run, but",
     ),
     "fewer pairs than a step takes": (no_preparation, ["--train.pairs_per_step", "5"], "has only 4 usable pairs"),
+    "fewer pairs than a step takes, by their weight": (
+        no_preparation,
+        ["--data.train", "[{path: pairs.jsonl, weight: 0.5}]", "--train.pairs_per_step", "3"],
+        "data.train has only 2 usable pairs an epoch by its weights",
+    ),
     "a budget that the longest pair exceeds": (
         no_preparation,
         ["--train.tokens_per_micro_batch", "8"],
@@ -157,6 +162,11 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(files, capsys):
     assert "4 to train on" in said
     assert "1 of 4 pairs on 1 rank" in said
     assert not (files / "out").exists()
+    mixture = "[{path: pairs.jsonl, weight: 2.5}, {path: pairs.jsonl, weight: 0.5, name: half}]"
+    main(["--config", "run.yaml", "--dry_run", "--data.train", mixture])
+    said = capsys.readouterr().out
+    assert "an epoch  10 of pairs (4 x 2.5), 2 of half (4 x 0.5)" in said
+    assert "3 of 4 pairs on 1 rank" in said
 
 
 def test_an_output_folder_that_holds_a_run_is_never_written_over(files, capsys):

@@ -1,15 +1,17 @@
+import io
 import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from dpo_ds.data.prepare import Source, open_prepared, prepare
 from dpo_ds.data.tokenization import TokenizedPair
@@ -79,17 +81,32 @@ def test_several_sources_follow_each_other_and_are_told_apart(tokenizer, tmp_pat
     prepared = run([first, second], tokenizer, tmp_path / "data")
     assert prepared.table["source"].to_pylist() == [0, 1]
     assert prepared.manifest.sources == [first.path, second.path]
+    assert (prepared.part.tolist(), prepared.pairs_of_parts) == ([0, 1], [1, 1])
+
+
+def test_files_that_one_source_names_are_one_part(tokenizer, tmp_path):
+    for name in "ab":
+        write(tmp_path / "rows" / f"{name}.jsonl", ROWS[:3])
+    folder, useless = Source(str(tmp_path / "rows")), write(tmp_path / "useless.jsonl", ROWS[1:2])
+    single = write(tmp_path / "single.jsonl", ROWS[:1])
+    prepared = run([single, folder, useless], tokenizer, tmp_path / "data")
+    assert prepared.part.tolist() == [0, 1, 1, 1, 1]
+    assert prepared.pairs_of_parts == [1, 4, 0]
+    assert prepared.where(3) == f"{tmp_path}/rows/b.jsonl row 1"
+    # The same rows, divided in another way.
+    apart = [Source(str(tmp_path / "rows" / f"{name}.jsonl")) for name in "ab"]
+    assert run([single, *apart, useless], tokenizer, tmp_path / "data").pairs_of_parts == [1, 2, 2, 0]
 
 
 def test_what_was_prepared_is_opened_again_and_not_written_again(tokenizer, source, tmp_path):
     prepared = run([source], tokenizer, tmp_path / "data")
-    before = (prepared.path / "pairs.arrow").stat().st_mtime_ns
+    before = (prepared.path / "pairs-00000.arrow").stat().st_mtime_ns
     again = run([source], tokenizer, tmp_path / "data")
     assert (again.path, again.manifest.key) == (prepared.path, prepared.path.name)
-    assert (again.path / "pairs.arrow").stat().st_mtime_ns == before
+    assert (again.path / "pairs-00000.arrow").stat().st_mtime_ns == before
     assert files(tmp_path / "data") == {
         again.manifest.key,
-        f"{again.manifest.key}/pairs.arrow",
+        f"{again.manifest.key}/pairs-00000.arrow",
         f"{again.manifest.key}/manifest.json",
     }
     assert open_prepared(prepared.path).pair(1) == prepared.pair(1)
@@ -195,53 +212,85 @@ def test_data_without_any_usable_row_are_refused(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "weight", "message"),
+    ("rows", "message"),
     [
-        ([ROWS[0], {"prompt": "pq", "bad": "x"}], None, "1 of 2 rows .*not text 1.*text is a string, or a list"),
-        ([{"prompt": "pq", "chosen": "x"}], None, "row 1 has no column 'rejected'"),
-        (ROWS, 0.5, "weight of .*rows.jsonl must be 1"),
+        ([ROWS[0], {"prompt": "pq", "bad": "x"}], "1 of 2 rows .*not text 1.*text is a string, or a list"),
+        ([{"prompt": "pq", "chosen": "x"}], "row 1 has no column 'rejected'"),
     ],
 )
-def test_a_failure_leaves_nothing_behind_but_what_was_there(tokenizer, tmp_path, rows, weight, message):
+def test_a_failure_leaves_nothing_behind_but_what_was_there(tokenizer, tmp_path, rows, message):
     path = write(tmp_path / "rows.jsonl", rows).path
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").touch()
     with pytest.raises(UserError, match=message):
-        run([Source(path, weight=weight)], tokenizer, tmp_path / "data", max_dropped=0.0)
+        run([Source(path)], tokenizer, tmp_path / "data", max_dropped=0.0)
     assert files(tmp_path / "data") == {"mine"}
 
 
-def test_what_a_killed_process_left_is_cleared_away(tokenizer, source, tmp_path):
-    folder = tmp_path / "data"
-    key = run([source], tokenizer, folder).manifest.key
-    shutil.rmtree(folder / key)
-    (folder / f".{key}-0123").mkdir()
-    (folder / f".{key}-0123" / "pairs.arrow").write_bytes(b"half")
-    (folder / f".{key}.lock").touch()
-    assert len(run([source], tokenizer, folder)) == 2
-    assert files(folder) == {key, f"{key}/pairs.arrow", f"{key}/manifest.json"}
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pairs_of_many_rows_lie_in_several_files_in_order(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", ROWS * 250)
+    prepared = run([source], tokenizer, tmp_path / "data", rows_per_shard=1000)
+    whole = run([source], tokenizer, tmp_path / "whole")
+    assert [*prepared.manifest.shards] == ["pairs-00000.arrow", "pairs-00001.arrow"]
+    assert prepared.table.to_pylist() == whole.table.to_pylist()
+    assert [prepared.pair(index) for index in (0, 499)] == [whole.pair(index) for index in (0, 499)]
+    assert (prepared.dropped, prepared.manifest.first_dropped) == (whole.dropped, whole.manifest.first_dropped)
 
 
 def _prepare_slowly(tokenizer: str, path: str, folder: str) -> None:
-    run([Source(path)], load_tokenizer(tokenizer), Path(folder))
+    run([Source(path)], load_tokenizer(tokenizer), Path(folder), rows_per_shard=2000)
 
 
-def test_a_process_that_is_killed_in_the_middle_costs_nothing_but_its_time(tokenizer, tmp_path):
-    source, folder = write(tmp_path / "many.jsonl", ROWS[:1] * 30_000), tmp_path / "data"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)])
+def test_a_process_that_is_killed_in_the_middle_is_gone_on_from(tokenizer, tmp_path, number, code):
+    source, folder = write(tmp_path / "many.jsonl", ROWS * 5000), tmp_path / "data"
     arguments = (tokenizer.name, source.path, str(folder))
     process = multiprocessing.get_context("spawn").Process(target=_prepare_slowly, args=arguments)
     process.start()
-    while not (begun := [path for path in folder.glob(".*/pairs.arrow") if path.stat().st_size > 100_000]):
+    while len(list(folder.glob(".*/pairs-*.arrow.json"))) < 2:
         assert process.is_alive()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
-    key = begun[0].parent.name[1:].split("-")[0]
-    assert not (folder / key).exists()
-    prepared = run([source], tokenizer, folder)
-    assert (prepared.path.name, len(prepared)) == (key, 30_000)
-    assert files(folder) == {key, f"{key}/pairs.arrow", f"{key}/manifest.json"}
+    assert process.exitcode == code
+    (aside,) = folder.glob(".*[!k]")
+    assert not (folder / aside.name[1:]).exists()
+    whole = {path.name: path.stat().st_ino for path in aside.glob("pairs-*.arrow") if Path(f"{path}.json").exists()}
+    last = sorted(whole)[-1]
+    (aside / ".half").write_bytes(b"half")
+    (aside / last).write_bytes((aside / last).read_bytes()[:-100])
+    prepared = run([source], tokenizer, folder, rows_per_shard=2000)
+    # Neither written again, but for the damaged one.
+    kept = {name for name, inode in whole.items() if (prepared.path / name).stat().st_ino == inode}
+    assert kept == whole.keys() - {last}
+    run([source], tokenizer, tmp_path / "undisturbed", rows_per_shard=2000)
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+    assert (len(prepared), prepared.manifest.rows_read) == (10_000, 30_000)
+
+
+def test_a_process_that_is_killed_before_its_last_act_costs_nothing(tokenizer, source, tmp_path):
+    folder = tmp_path / "data"
+    path = run([source], tokenizer, folder).path
+    path.rename(folder / f".{path.name}")
+    (folder / f".{path.name}" / "pairs-00000.arrow.json").touch()
+    (folder / f".{path.name}.lock").touch()
+    assert len(run([source], tokenizer, folder)) == 2
+    assert files(folder) == {path.name, f"{path.name}/pairs-00000.arrow", f"{path.name}/manifest.json"}
+
+
+def test_what_other_settings_left_aside_is_removed_after_a_week(tokenizer, source, tmp_path):
+    folder = tmp_path / "data"
+    recent, old = folder / f".{'0' * 32}", folder / f".{'1' * 32}"
+    for aside in (recent, old):
+        aside.mkdir(parents=True)
+        (aside / "pairs-00000.arrow").touch()
+    os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
+    run([source], tokenizer, folder)
+    assert (recent.exists(), old.exists()) == (True, False)
 
 
 def _prepare_on_a_full_disk(tokenizer: str, path: str, folder: str, results) -> None:
@@ -339,23 +388,71 @@ def test_processes_that_prepare_at_once_share_one_result(tokenizer, source, tmp_
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert keys[0] == keys[1]
-    assert files(tmp_path / "data") == {keys[0], f"{keys[0]}/pairs.arrow", f"{keys[0]}/manifest.json"}
+    assert files(tmp_path / "data") == {keys[0], f"{keys[0]}/pairs-00000.arrow", f"{keys[0]}/manifest.json"}
 
 
-def test_progress_is_shown_for_many_rows_only(tokenizer, tmp_path, capfd):
-    many = [{"prompt": "p", "chosen": "x", "rejected": "y"}] * 2001
+def test_a_process_that_waits_for_another_says_so(tokenizer, source, tmp_path, capfd):
+    folder = tmp_path / "data"
+    key = run([source], tokenizer, folder).manifest.key
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(folder / f".{key}.lock"):
+            is_held.set()
+            time.sleep(1.3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait()
     capfd.readouterr()
-    run([write(tmp_path / "few.jsonl", many[:2000])], tokenizer, tmp_path / "data")
-    assert capfd.readouterr() == ("", "")
-    assert len(run([write(tmp_path / "many.jsonl", many)], tokenizer, tmp_path / "data")) == 2001
-    output = capfd.readouterr()
-    assert "tokenizing: 100%" in output.err
-    assert output.out == ""
+    assert len(run([source], tokenizer, folder)) == 2
+    assert capfd.readouterr().err == f"another process prepares this data in {folder}; waiting for its end\n"
+    other.join()
+
+
+def test_the_files_are_the_same_bytes_whatever_the_number_of_processes(tokenizer, tmp_path):
+    write(tmp_path / "rows" / "a.jsonl", ROWS * 200)
+    write(tmp_path / "rows" / "b.jsonl", [{"prompt": "pq", "answers": ["x", "y", "z"]}] * 7)
+    source = Source(str(tmp_path / "rows"))
+    alone = run([source], tokenizer, tmp_path / "alone", processes=1)
+    shared = run([source], tokenizer, tmp_path / "shared", processes=2)
+    assert (len(alone), alone.manifest.expanded) == (400 + 21, 14)
+    assert shared.manifest == alone.manifest
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+    for name in files(alone.path):
+        assert (shared.path / name).read_bytes() == (alone.path / name).read_bytes()
+
+
+def test_a_broken_row_ends_all_processes_with_its_line(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + "{\n" * 1500)
+    with pytest.raises(UserError, match=r"rows.jsonl is not valid JSON: line 2, column"):
+        run([Source(str(path))], tokenizer, tmp_path / "runs" / "data", processes=2)
+    assert not (tmp_path / "runs").exists()
+    lacking = write(tmp_path / "lacking.jsonl", [*ROWS[:1] * 1200, {"prompt": "pq"}])
+    with pytest.raises(UserError, match=r"lacking.jsonl") as raised:
+        run([lacking], tokenizer, tmp_path / "runs" / "data", processes=2, max_dropped=0.0)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_shown_at_once_on_a_terminal_and_late_elsewhere(tokenizer, tmp_path, monkeypatch):
+    source = write(tmp_path / "rows.jsonl", ROWS[:1] * 8000)
+    for stderr in (io.StringIO(), Terminal()):
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stderr", stderr)
+            run([source], tokenizer, tmp_path / type(stderr).__name__)
+        assert ("tokenizing: 100%" in stderr.getvalue()) == stderr.isatty()
 
 
 def test_a_damaged_folder_is_refused(tokenizer, source, tmp_path):
     path = run([source], tokenizer, tmp_path / "data").path
-    (path / "pairs.arrow").write_bytes((path / "pairs.arrow").read_bytes()[:200])
+    (path / "pairs-00000.arrow").write_bytes((path / "pairs-00000.arrow").read_bytes()[:200])
     with pytest.raises(UserError, match="no complete folder of prepared pairs; delete it"):
         open_prepared(path)
     with pytest.raises(UserError, match="no complete folder of prepared pairs"):

@@ -7,6 +7,7 @@ from dpo_ds.data.schedule import (
     Lengths,
     PackedRows,
     PaddedRows,
+    Part,
     Plan,
     Schedule,
     plan_evaluation,
@@ -16,7 +17,7 @@ from dpo_ds.data.schedule import (
 
 
 def schedule(**changes: object) -> Schedule:
-    settings = {"pairs": 10, "pairs_per_step": 4, "epochs": 2, "max_steps": None, "seed": 7, "shuffle": True}
+    settings = {"parts": [Part(10)], "pairs_per_step": 4, "epochs": 2, "max_steps": None, "seed": 7, "shuffle": True}
     return Schedule.of_run(**{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -44,6 +45,64 @@ def test_steps_are_those_of_all_epochs_unless_max_steps_says_otherwise():
     assert schedule().total_pairs == 20
     assert schedule(max_steps=4).steps == 4
     assert schedule(max_steps=4).total_pairs == 10 + 4
+
+
+def epoch_of(number: int, **changes: object) -> list[int]:
+    made = schedule(**changes)
+    steps = range(number * made.steps_per_epoch + 1, (number + 1) * made.steps_per_epoch + 1)
+    return [pair for step in steps for pair in made.pairs_of_step(step).tolist()]
+
+
+def test_the_order_of_unweighted_sources_is_one_permutation_seeded_by_seed_and_epoch():
+    parts = [Part(6), Part(4)]
+    assert epoch_of(1, parts=parts) == np.random.RandomState([7, 1]).permutation(10).tolist()
+
+
+def test_a_weight_of_two_is_each_pair_twice_an_epoch():
+    for epoch in (0, 1):
+        assert sorted(epoch_of(epoch, parts=[Part(3, 2.0), Part(4)])) == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6]
+
+
+def test_a_weight_of_a_half_is_another_half_each_epoch_and_all_pairs_in_two():
+    first, second, third = (set(epoch_of(epoch, parts=[Part(4), Part(20, 0.5)])) for epoch in (0, 1, 2))
+    assert [len(epoch) for epoch in (first, second, third)] == [14, 14, 14]
+    assert first & second == {0, 1, 2, 3}
+    assert first | second == set(range(24))
+    assert third not in (first, second)
+
+
+def test_without_shuffling_weighted_sources_follow_each_other_in_the_files_order():
+    parts = [Part(4, 0.5), Part(2, 1.5)]
+    assert [epoch_of(epoch, parts=parts, shuffle=False) for epoch in (0, 1)] == [[0, 1, 4, 5, 4], [2, 3, 5, 4, 5]]
+
+
+def test_a_source_gives_an_epoch_its_share_rounded_half_up_and_at_least_one_pair():
+    shares = [(10, 0.25, 3), (10, 0.24, 2), (10, 0.01, 1), (3, 0.5, 2), (0, 1.0, 0), (1, 2.5, 3)]
+    assert [Part(pairs, weight).taken for pairs, weight, _ in shares] == [taken for _, _, taken in shares]
+
+
+@given(
+    parts=st.lists(st.builds(Part, st.integers(1, 12), st.floats(0.05, 4)), min_size=1, max_size=3),
+    epochs=st.integers(1, 6),
+    shuffle=st.booleans(),
+)
+def test_no_pair_of_a_source_comes_more_than_once_oftener_than_another(parts, epochs, shuffle):
+    taken = [pair for n in range(epochs) for pair in epoch_of(n, parts=parts, shuffle=shuffle)]
+    start = 0
+    for part in parts:
+        times = [taken.count(pair) for pair in range(start, start + part.pairs)]
+        assert sum(times) == epochs * part.taken
+        assert max(times) - min(times) <= 1
+        start += part.pairs
+    assert schedule(parts=parts, epochs=epochs).total_pairs == len(taken)
+
+
+def test_a_pair_that_a_step_holds_twice_is_planned_twice():
+    rows = PackedRows(np.full(4, 10), np.full(4, 1.0))
+    for split in (rows, PaddedRows(np.full(4, 5))):
+        assert_runs_everywhere(
+            plan_training([3, 1, 3, 0], rows=split, ranks=2, tokens_per_micro_batch=20), [0, 1, 3, 3], 2
+        )
 
 
 def assert_runs_everywhere(plan: Plan, pairs: list[int], ranks: int) -> None:

@@ -27,7 +27,15 @@ PAIRS = 11  # in blocks of 4, 4 and 3
 def prepared(count: int = PAIRS) -> PreparedPairs:
     rows = [{**vars(pair), "row": n + 1, "source": 0} for n, pair in enumerate(some_pairs(count))]
     manifest = Manifest(
-        format=1, key="k", sources=["some"], tokenizer="t", max_length=64, truncation=None, rows_read=count, pairs=count
+        format=2,
+        key="k",
+        sources=["some"],
+        parts=[0],
+        tokenizer="t",
+        max_length=64,
+        truncation=None,
+        rows_read=count,
+        pairs=count,
     )
     return PreparedPairs(Path("nowhere"), manifest, pa.Table.from_pylist(rows))
 

@@ -1,13 +1,14 @@
 import json
+import pickle
 import shutil
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_ds.data.preferences import Message
 from dpo_ds.errors import UserError
-from dpo_ds.models.tokenizer import load_tokenizer
+from dpo_ds.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from tests.data.small_tokenizer import small_tokenizer
 
 TEXTS = ["Hello  world\n\n\nx", " Once", "é🙂 a", "", "a</s>b"]
@@ -21,6 +22,17 @@ def test_a_hugging_face_folder_gives_the_ids_of_transformers(material):
     for text in TEXTS:
         assert tokenizer.encode(text) == expected(text, add_special_tokens=False).input_ids
         assert tokenizer.encode_prompt(text) == expected(text).input_ids
+
+
+def test_a_class_that_encodes_in_its_own_way_is_asked_itself(tmp_path):
+    small_tokenizer(tmp_path)
+
+    class Reversing(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus(text[::-1], *args, **kwargs)
+
+    plain, reversing = load_tokenizer(str(tmp_path)), Reversing.from_pretrained(tmp_path)
+    assert HuggingFaceTokenizer(reversing, name="reversing").encode("xyz") == plain.encode("zyx")
 
 
 @pytest.mark.parametrize("folder", ["models/stories260K-hf", "tokenizers/mistral-v1-32000"])
@@ -66,6 +78,16 @@ def test_a_saved_tokenizer_opens_as_the_same(material, tmp_path, name):
     assert again.identity == tokenizer.identity
     assert [again.encode_prompt(text) for text in TEXTS] == [tokenizer.encode_prompt(text) for text in TEXTS]
     assert again.has_chat_template == tokenizer.has_chat_template
+
+
+@pytest.mark.parametrize("name", ["tokenizers/minimind-6400", "models/stories260K-hf"])
+def test_a_tokenizer_that_is_sent_to_another_process_is_the_same(material, name):
+    tokenizer = load_tokenizer(str(material / name))
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert (sent.identity, sent.eos_id, sent.bos_id) == (tokenizer.identity, tokenizer.eos_id, tokenizer.bos_id)
+    for text in TEXTS:
+        assert sent.encode(text) == tokenizer.encode(text)
+        assert sent.encode_prompt(text) == tokenizer.encode_prompt(text)
 
 
 def test_the_identity_follows_content_and_not_the_place(tmp_path):
