@@ -1,4 +1,5 @@
-# make demo: the main job on two CPU ranks; make test: all tests; make bench: speed beside others. All make .venv first.
+# make demo: the main job on two CPU ranks; make test: all tests; make faults: every fault in every phase; make bench:
+# speed beside others. All make .venv first.
 # PIP_ARGS reaches every pip install, e.g. PIP_ARGS='--index-url ...' for an index or a CUDA build of your own.
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 RUN := runs/smollm2-cpu
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test faults bench lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/installed
+	$(BIN)/python -m tests.faults
 
 bench: $(VENV)/installed
 	$(BIN)/pip install $(PIP_ARGS) -q -c constraints.txt -e '.[bench]'

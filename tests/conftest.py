@@ -1,6 +1,7 @@
 """Fixtures that every room's tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.data.small_tokenizer import small_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Takes back what a command that ran in this process has set for its ranks."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +32,12 @@ def material() -> Path:
 @pytest.fixture(scope="session")
 def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Llama with a byte-level tokenizer, as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_chat_in(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_chat_in(folder: Path) -> Path:
+    """Writes it into a folder."""
+    folder.mkdir(exist_ok=True)
     small_tokenizer(folder)
     torch.manual_seed(3)
     config = LlamaConfig(

@@ -55,7 +55,7 @@ def write_run(folder: Path, policy: Path, **sections: dict[str, Any]) -> Path:
     (folder / "zero.json").write_text(json.dumps(zero))
     config = {**SETTINGS, "model": {"policy": str(policy), "dtype": "float32"}, "output_dir": str(folder / "out")}
     for section, values in sections.items():
-        config[section] = {**config[section], **values}
+        config[section] = {**config.get(section, {}), **values}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 

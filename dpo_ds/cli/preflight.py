@@ -325,6 +325,13 @@ def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
             f"{config.checkpoint.every}: DeepSpeed does not bring such a policy's weights back; offload to cpu"
         )
 
+    ratio = (policy_config["zero_optimization"].get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio != 1.0:
+        raise UserError(
+            f"offload_optimizer.ratio must be 1 in {config.deepspeed.policy}, got {ratio}: DeepSpeed leaves the states "
+            "that stay on the device out of its checkpoints"
+        )
+
 
 _CHANGEABLE = {
     *("data.train", "data.eval", "data.max_dropped", "data.processes"),

@@ -58,8 +58,9 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
     with stoppable(request, world=world, folder=folder) as agreement:
         _train(inputs, agreement, world)
     if world.rank == 0:
-        lock.release()
+        # In this order: who waits for it must not come to hold a file without a name.
         Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     world.leave()
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -87,10 +88,12 @@ def load_sharded(
         UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
     """
     problem = None
-    with _sharding_at_load(ds_config), _reading_parts(path, world):
+    with _sharding_at_load(ds_config), _reading_parts(path, world) as ranks:
         try:
             model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
         except UserError as error:
+            if not ranks.have_met:
+                raise  # perhaps on this rank alone, whose disk has failed, with the others in the middle of collectives
             problem = str(error)
     world.agree(problem)  # where transformers sends whole weights, rank 0 alone sees that one does not fit
     unsharded = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_tensor")]
@@ -108,21 +111,29 @@ def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
     del living
 
 
+@dataclass
+class _Ranks:
+    """Whether the ranks have told one another what they can read."""
+
+    have_met: bool = False
+
+
 @contextmanager
-def _reading_parts(path: str, world: World) -> Iterator[None]:
+def _reading_parts(path: str, world: World) -> Iterator[_Ranks]:
     # In from_pretrained rank 0 reads each weight and sends it to all, who cut their shards from it. There is no public
     # way around that, so this one step is replaced; all else (dtypes, buffers, ties, generation config) stays
     # transformers' own. A release without this step loads in its own way.
+    ranks = _Ranks()
     if not hasattr(modeling_utils, "_load_state_dict_into_zero3_model"):
-        yield
+        yield ranks
         return
     send_whole = modeling_utils._load_state_dict_into_zero3_model
 
     def read_parts(model: PreTrainedModel, tensors: dict[str, Any], config: Any) -> tuple[list[str], set[str]]:
         sources = _sources(model, tensors, tensor_files(path), config)
+        ranks.have_met = True
         if not all(world.gather(sources is not None)):
-            problems, missing = send_whole(model, tensors, config)
-            return problems, missing
+            return send_whole(model, tensors, config)  # type: ignore[no-any-return]
         assert sources is not None
         tensors.clear()  # unmaps the files: their pages would count as this rank's
         world.agree(_problem_of_reading(model, sources))
@@ -131,7 +142,7 @@ def _reading_parts(path: str, world: World) -> Iterator[None]:
 
     modeling_utils._load_state_dict_into_zero3_model = read_parts
     try:
-        yield
+        yield ranks
     finally:
         modeling_utils._load_state_dict_into_zero3_model = send_whole
 
