@@ -50,7 +50,6 @@ class Trained:
     pairs: int
     tokens: int
     train_seconds: float
-    evaluation: dict[str, float] | None = None
 
 
 def schedule_of(config: RunConfig, train: PreparedPairs) -> Schedule:
@@ -201,7 +200,7 @@ class Trainer:
         # The export comes next.
         self._world.enter("save")
         self._check_reference()
-        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds, self._progress.evaluation)
+        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
     @torch.no_grad()
     def save(self) -> None:

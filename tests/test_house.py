@@ -15,7 +15,7 @@ FLOORS = {
     4: {"trainer", "gate"},
     5: {"cli", "__main__"},
 }
-LEAVES = {"model_card", "config", "tracking", "report", "errors", "launcher", "__init__"}
+LEAVES = {"config", "tracking", "report", "errors", "launcher", "__init__"}
 
 
 def modules() -> list[Path]:

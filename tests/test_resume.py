@@ -129,11 +129,10 @@ def test_a_killed_run_goes_on_to_the_bit(undisturbed, again):
     with pytest.raises(UserError, match="already holds a run"):
         look(again)
     # Any checkpoint can be exported later, on any number of ranks.
-    written = ["--checkpoint.resume", again / "out/checkpoints/step-00000012", "--out", again / "later"]
+    written = ["--checkpoint.resume", again / "out/checkpoints/step-00000012", "--export.folder", again / "later"]
     before = record(again)
     run_ranks(1, [EXPORT, "--config", again / "run.yaml", *written], folder=again).expect_success()
     assert (again / "later/model.safetensors").read_bytes() == weights[1].read_bytes()
-    assert "| held-out loss |" in (again / "later/README.md").read_text()
     assert record(again) == before
 
 

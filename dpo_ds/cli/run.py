@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dpo_ds.cli.export import export_model
+from dpo_ds.cli.model_card import last_evaluation
 from dpo_ds.cli.preflight import Inputs
+from dpo_ds.cli.publish import export_policy, push_to_hub
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import PreparedPairs, open_prepared
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
-from dpo_ds.engine.ds_config import reference_ds_config
 from dpo_ds.engine.export import lack_of_room
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
@@ -62,6 +62,8 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
     world.leave()
+    if world.rank == 0:
+        push_to_hub(inputs)
 
 
 def _introduce(world: World) -> None:
@@ -115,7 +117,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
-    world.agree(lack_of_room(engines.policy, folder) if world.rank == 0 else None)
+    world.agree(lack_of_room(engines.policy, inputs.export_folder) if world.rank == 0 else None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.
@@ -146,16 +148,14 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
         raise
     if engines.reference is not None:
-        engines.reference.free()  # what reads the export back takes its place
-    export_model(
+        engines.reference.free()  # the export is loaded again in its place
+    export_policy(
+        inputs,
         engines.policy,
-        folder / "export",
-        config=config,
-        tokenizer=inputs.tokenizer,
-        reference_config=inputs.reference_config
-        or reference_ds_config(config.deepspeed.reference, dtype=config.model.dtype),
         step=trained.steps,
-        evaluation=trained.evaluation,
+        tokens=trained.tokens,
+        evaluation=last_evaluation(folder, step=trained.steps),
+        packed=packed,
         world=world,
     )
     summary = _summary(trained, world)
@@ -164,7 +164,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         plot_curves(folder / METRICS_FILE, folder / "curves.png")
         # Last, since wandb may take its time.
         tracker.finish(summary)
-        print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
+        print(f"exported to {inputs.export_folder}, curves in {folder / 'curves.png'}")
 
 
 def _same_pairs(path: Path, world: World) -> PreparedPairs:

@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
-from dpo_ds.config import Run, parse_run
+from dpo_ds.config import parse_run
 from dpo_ds.errors import PeerError, RunError, Stopped, UserError
 from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
@@ -31,14 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start(sys.argv[1:] if argv is None else argv, _train, check=checked)
-
-
-def checked(run: Run, *, ranks: int) -> "Inputs":
-    """Does what ``preflight`` does, which takes torch to be imported."""
-    from dpo_ds.cli.preflight import preflight
-
-    return preflight(run, ranks=ranks)
+    start(sys.argv[1:] if argv is None else argv, _train)
 
 
 def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
@@ -48,33 +41,19 @@ def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", requ
     train(inputs, identity, meeting, request)
 
 
-class Checked(Protocol):
-    """What a check of a run has found."""
-
-    @property
-    def plan(self) -> str:
-        """What will happen, for a person to read."""
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What must be the same on all nodes, by names that a person understands."""
-
-
-Found = TypeVar("Found", bound=Checked)
-
-
 def start(
     argv: Sequence[str],
-    work: "Callable[[Found | None, Identity, Meeting, StopRequest], None]",
+    work: "Callable[[Inputs | None, Identity, Meeting, StopRequest], None]",
     *,
-    check: "Callable[..., Found]",
+    trains: bool = True,
 ) -> None:
     """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says.
 
     Args:
         argv: the arguments behind the script's name.
-        work: what every rank does; what was found is None on ranks that do not speak for their node.
-        check: called with the run and, as ``ranks``, the number of ranks, before any engine is built.
+        work: what every rank does; the inputs are None on ranks that do not speak for their node.
+        trains: whether it begins a run or goes on with one; else it takes what a run has saved, and leaves its folder
+            as it is.
     """
     try:
         identity = Identity.from_environment()
@@ -86,18 +65,20 @@ def start(
     try:
         run = parse_run(argv)
         os.environ.update(run.config.env)
+        from dpo_ds.cli.preflight import preflight
+
         if run.dry_run:
             if identity.rank == 0:
-                print(check(run, ranks=identity.size).plan)
+                print(preflight(run, ranks=identity.size, trains=trains).plan)
             return
-        folder = Path(run.config.output_dir)
+        folder = Path(run.config.output_dir) if trains else None
         request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
         from dpo_ds.engine.meeting import Meeting
 
         inputs = None
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:
-                inputs = check(run, ranks=identity.size)
+                inputs = preflight(run, ranks=identity.size, trains=trains)
                 meeting.vouch(inputs.facts)
             meeting.wait()
         if inputs is not None and identity.rank == 0:
