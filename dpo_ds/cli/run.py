@@ -26,7 +26,6 @@ from dpo_ds.errors import Stopped, UserError
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
-from dpo_ds.report import plot_curves
 from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
@@ -161,6 +160,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
     summary = _summary(trained, world)
     if world.rank == 0:
         write_summary(folder, summary)
+        from dpo_ds.report import plot_curves  # half a second that the other ranks need not spend
+
         plot_curves(folder / METRICS_FILE, folder / "curves.png")
         # Last, since wandb may take its time.
         tracker.finish(summary)

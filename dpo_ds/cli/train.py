@@ -1,5 +1,6 @@
 """``launch/train.py``: from argv to a trained and exported model."""
 
+import gc
 import os
 import sys
 import time
@@ -65,16 +66,20 @@ def start(
     try:
         run = parse_run(argv)
         os.environ.update(run.config.env)
+        # What an import makes stays: looking through it again and again would be a quarter of the start, and a third of
+        # a second of each save, before which DeepSpeed collects.
+        gc.disable()
         from dpo_ds.cli.preflight import preflight
+        from dpo_ds.engine.meeting import Meeting
 
+        gc.freeze()
+        gc.enable()
         if run.dry_run:
             if identity.rank == 0:
                 print(preflight(run, ranks=identity.size, trains=trains).plan)
             return
         folder = Path(run.config.output_dir) if trains else None
         request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
-        from dpo_ds.engine.meeting import Meeting
-
         inputs = None
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:

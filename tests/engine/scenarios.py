@@ -3,6 +3,7 @@
 A scenario asserts; a rank whose assertion fails notes that and ends, and with it the job.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -278,6 +279,7 @@ def interrupted_replacement_loses_nothing(world: World, model: str, out: str) ->
 
 def main(agenda: str, scenarios: Mapping[str, Any]) -> None:
     """Runs an agenda, a JSON list of [name, arguments], in one process group, and notes each outcome as it comes."""
+    gc.freeze()  # as the launched script does
     identity = Identity.from_environment()
     world = World.join(identity, Meeting(identity))
     for name, arguments in json.loads(Path(agenda).read_text()):
