@@ -34,6 +34,7 @@ def prepared(count: int = PAIRS) -> PreparedPairs:
         tokenizer="t",
         max_length=64,
         truncation=None,
+        scored="last_turn",
         rows_read=count,
         pairs=count,
     )
