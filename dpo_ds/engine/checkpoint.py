@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from dpo_ds.config import shown
-from dpo_ds.engine.files import measured, settled, sync_folder
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.files import measured, settled, sync_folder
 
 CHECKPOINTS_FOLDER = "checkpoints"
 COMPLETE = "COMPLETE"

@@ -17,8 +17,8 @@ import torch
 from dpo_ds.engine import Engines, World, checkpoint
 from dpo_ds.engine.checkpoint import Checkpoints, Progress, complete_checkpoints, read_saved
 from dpo_ds.engine.extensions import build_extensions
-from dpo_ds.engine.files import measured
 from dpo_ds.errors import RunError, UserError
+from dpo_ds.files import measured
 from tests.engine.scenarios import DTYPES, engines_of, main, my_batch, take_step
 
 PROGRESS = Progress(step=2, tokens=7, train_seconds=1.5, metrics_bytes=3, wandb_run_id="abc", evaluation={"loss": 0.5})
