@@ -114,6 +114,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        background=config.checkpoint.background,
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
