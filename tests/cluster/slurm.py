@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sacct", "munged")
 _CONFIG = """
 ClusterName=dpotest
 SlurmctldHost={host}(127.0.0.1)
@@ -33,6 +33,8 @@ SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/ended.txt
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -96,6 +98,10 @@ class Slurm:
         """Returns what Slurm knows about a job."""
         words = self._call("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def accounted(self, job: str, field: str) -> str:
+        """Returns what ``sacct`` tells of a job that has ended."""
+        return self._call("sacct", "-c", "-n", "-P", "-j", job, "-o", field).strip()
 
     def wait(self, job: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
         """Waits until a job's state is one of some."""
