@@ -86,7 +86,7 @@ def test_slurm_is_shown_with_its_command_and_its_script(capsys):
 
 
 def test_this_machine_runs_the_agent(tmp_path):
-    (tmp_path / "script.py").write_text("import os, sys; print(sys.argv[1:], os.environ['RANK'], flush=True)")
+    (tmp_path / "script.py").write_text("import os, sys\nsys.stdout.write(f\"{sys.argv[1:]} {os.environ['RANK']}\\n\")")
     options = ["--script", str(tmp_path / "script.py"), "--gpus", "2"]
     command = [sys.executable, "-m", "dpo_ds", "launch", *options, *RUN]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
