@@ -41,7 +41,7 @@ def main() -> None:
     """Runs a node's ranks to their end, and exits with their code."""
     told = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what comes after the line is read elsewhere
     try:
-        job = NodeJob(**json.loads(told.readline()))
+        job = _read(told.readline())
         os.environ.update(job.environment)
         try:
             os.chdir(job.folder)
@@ -57,6 +57,16 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     sys.exit(code)
+
+
+def _read(line: bytes) -> NodeJob:
+    try:
+        return NodeJob(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"dpo_ds on {os.uname().nodename} does not understand the one that launches ({error}); install the same "
+            "version on all nodes"
+        ) from error
 
 
 def _obey(agent: Agent, silence_s: float) -> None:

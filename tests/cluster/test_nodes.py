@@ -52,11 +52,18 @@ def ended(*processes: "subprocess.Popen[str]", timeout_s: float = 120) -> tuple[
     return [process.returncode for process in processes], said
 
 
-def wait_for(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_for(is_so: Callable[[], bool], timeout_s: float = 60, *jobs: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline or any(job.poll() is not None for job in jobs):
+            for job in jobs:
+                job.terminate()
+            pytest.fail(f"it is not so: {ended(*jobs)}")
         time.sleep(0.1)
+
+
+def wait_for_steps(steps: int, folder: Path, *jobs: "subprocess.Popen[str]") -> None:
+    wait_for(lambda: steps_taken(folder) >= steps, 90, *jobs)
 
 
 def expect_none_left(nodes: Nodes, folder: Path, timeout_s: float = 15) -> None:
@@ -83,7 +90,7 @@ def steps_taken(folder: Path) -> int:
 def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
     # Asked to leave, it saves.
     job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= 3)
+    wait_for_steps(3, folder, job)
     os.kill(launcher_of(nodes, folder), signal.SIGTERM)
     codes, said = ended(job)
     assert codes == [200], said
@@ -92,14 +99,14 @@ def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
 
     # A cut link: the job ends and says whose, and nothing goes on behind the cut.
     job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= EVERY + 5)
+    wait_for_steps(EVERY + 5, folder, job)
     nodes.plug(1, "down")
     expect_lost(nodes, folder, job)
     nodes.plug(1, "up")
 
     # With a killed launcher, its ranks save and end.
     job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= EVERY + 30)
+    wait_for_steps(EVERY + 30, folder, job)
     os.kill(launcher_of(nodes, folder), signal.SIGKILL)
     _, said = ended(job)
     assert f"going on behind step {EVERY} of {STEPS}" in said
@@ -107,7 +114,7 @@ def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
 
     # A machine without power.
     job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= 2 * EVERY + 5)
+    wait_for_steps(2 * EVERY + 5, folder, job)
     nodes.power_off(1)
     expect_lost(nodes, folder, job)
     nodes.boot(1)
@@ -186,7 +193,7 @@ def test_pods_of_the_manifest_train_and_save_when_they_are_asked_to_leave(nodes,
         ]
 
     started = pods()
-    wait_for(lambda: steps_taken(folder) >= 3)
+    wait_for_steps(3, folder, *started)
     for pid in nodes.processes(str(folder)):
         words_of = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"dpo_ds.launcher.agent" in words_of and not words_of.startswith((b"nsenter", b"unshare")):
@@ -247,7 +254,7 @@ def test_open_mpi_under_deepspeeds_own_front_and_without_it(nodes, folder, calm)
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "MASTER_ADDR": "node0"}
     command = [*mpirun, PYTHON, TELLING, "--config", folder / "run.yaml", *ODD]
     job = nodes.start(0, command, cwd=folder, env=ENVIRONMENT | root)
-    wait_for(lambda: steps_taken(folder) >= 3)
+    wait_for_steps(3, folder, job)
     # To TERM mpirun answers with KILL, a moment later.
     [front] = [pid for pid in nodes.processes(str(folder)) if words_of(pid)[0].endswith(b"mpirun")]
     os.kill(front, signal.SIGUSR1)
