@@ -9,8 +9,8 @@ from tests.cluster.telling import TORTURE, TRAIN
 from tests.ranks import run_ranks
 from tests.test_resume import write_run
 
-STEPS = 200
-EVERY = 50
+STEPS = 100
+EVERY = 25
 
 
 @pytest.fixture(scope="package")

@@ -106,7 +106,7 @@ def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
 
     # With a killed launcher, its ranks save and end.
     job = launch(nodes, folder)
-    wait_for_steps(EVERY + 30, folder, job)
+    wait_for_steps(EVERY + 15, folder, job)
     os.kill(launcher_of(nodes, folder), signal.SIGKILL)
     _, said = ended(job)
     assert f"going on behind step {EVERY} of {STEPS}" in said
