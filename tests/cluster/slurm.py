@@ -118,9 +118,16 @@ class Slurm:
     def stop(self) -> None:
         """Ends the daemons, and waits for them."""
         files = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munge/munged.pid"]
+        pids: list[int] = []
         for file in files:
             with suppress(OSError, ValueError):
-                _end(int(file.read_text()))
+                pids.append(int(file.read_text()))
+        for pid in pids:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        for pid in pids:
+            with suppress(OSError):
+                _end(pid)
 
     def _start_munge(self) -> None:
         munge = self.folder / "munge"
@@ -141,7 +148,6 @@ class Slurm:
 
 
 def _end(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
     for _ in range(100):
         time.sleep(0.1)
         os.kill(pid, 0)

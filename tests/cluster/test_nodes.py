@@ -225,22 +225,43 @@ def test_torchrun_on_two_machines(nodes, folder, calm):
     expect_same(nodes, folder, calm)
 
 
-def deepspeed(nodes: Nodes, folder: Path, *options: str, odd: tuple[str, ...]) -> "subprocess.Popen[str]":
+def deepspeed(nodes: Nodes, folder: Path, *options: str, arguments: list[str | Path]) -> "subprocess.Popen[str]":
     # DeepSpeed puts these values into quotes for a shell that reads them under pdsh, and does not under MPI.
     names = ("PATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHONPATH")
     variables = {name: ENVIRONMENT[name] for name in names} | {"MASTER_ADDR": "node0"}
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    command = [Path(PYTHON).parent / "deepspeed", "--hostfile", "hostfile", *options, TELLING]
+    command = [Path(PYTHON).parent / "deepspeed", "--hostfile", "hostfile", *options, *arguments]
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return nodes.start(0, [*command, "--config", folder / "run.yaml", *odd], cwd=folder, env=ENVIRONMENT | root)
+    return nodes.start(0, command, cwd=folder, env=ENVIRONMENT | root)
+
+
+def expect_code(nodes: Nodes, folder: Path, *options: str) -> None:
+    """A rank of the other machine fails: its code comes out of DeepSpeed's front."""
+    (folder / "failing.py").write_text("import os\nexit(7 * int(os.environ.get('RANK') or os.environ['PMIX_RANK']))\n")
+    codes, said = ended(deepspeed(nodes, folder, *options, arguments=[folder / "failing.py"]))
+    assert codes == [7], said
+    expect_none_left(nodes, folder)
 
 
 @needs_program("pdsh", "pdsh")
 def test_deepspeeds_own_front_over_pdsh(nodes, folder, calm):
+    expect_code(nodes, folder, "--launcher", "pdsh")
+
     # A shell on each machine reads the arguments, so that blanks are all that they may have.
-    odd = ("--tracking.project", "two  words")
-    codes, said = ended(deepspeed(nodes, folder, "--launcher", "pdsh", odd=odd))
+    odd = ["--tracking.project", "two  words"]
+    arguments = [TELLING, "--config", folder / "run.yaml", *odd]
+    job = deepspeed(nodes, folder, "--launcher", "pdsh", arguments=arguments)
+    wait_for_steps(3, folder, job)
+    [front] = [pid for pid in nodes.processes(str(folder)) if words_of(pid)[1].endswith(b"bin/deepspeed")]
+    os.kill(front, signal.SIGTERM)
+    codes, said = ended(job)
+    assert codes == [1], said
+    expect_none_left(nodes, folder)
+    assert json.loads((folder / "out/RESUME.json").read_text())["step"] < STEPS
+
+    codes, said = ended(deepspeed(nodes, folder, "--launcher", "pdsh", arguments=arguments))
     assert codes == [0], said
+    assert "going on behind step" in said
     expect_told(folder, *odd, inherited=None)
     expect_same(nodes, folder, calm)
 
@@ -264,7 +285,9 @@ def test_open_mpi_under_deepspeeds_own_front_and_without_it(nodes, folder, calm)
     expect_none_left(nodes, folder)
 
     launcher = ["--launcher", "openmpi", "--launcher_args", " ".join([*network, "-x", "DPO_DS_TORTURE"])]
-    codes, said = ended(deepspeed(nodes, folder, *launcher, odd=tuple(ODD)))
+    expect_code(nodes, folder, *launcher)
+    job = deepspeed(nodes, folder, *launcher, arguments=[TELLING, "--config", folder / "run.yaml", *ODD])
+    codes, said = ended(job)
     assert codes == [0], said
     assert "going on behind step" in said
     expect_told(folder, *ODD)
