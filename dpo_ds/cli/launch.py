@@ -33,6 +33,9 @@ def launch(argv: Sequence[str]) -> int:
     options, arguments = _parser().parse_known_args(argv)
     # Checked here, where a mistake costs no place in a queue.
     run = parse_run(arguments)
+    for name, seconds in (("--grace", options.grace), ("--silence", options.silence)):
+        if not seconds > 0:
+            raise UserError(f"{name} must be a number of seconds > 0, got {seconds:g}")
     script = resolve_path(options.script, key="--script", run_file=None)
     secrets = _secrets(options.env_file) if options.env_file else {}
     started: dict[str, Any] = {"local": _local, "ssh": _ssh, "slurm": _slurm, "kubernetes": _kubernetes}
@@ -55,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--master_addr", help="where ranks meet; default: the first machine's name")
     add("--master_port", type=int)
     add("--env_file", type=Path, help="YAML mapping of secret variables for the ranks, readable by you alone")
+    add("--grace", type=float, default=600.0, help="seconds that ranks have to save when they are asked to stop")
+    add("--silence", type=float, default=15.0, help="of ssh: seconds after which a silent machine counts as lost")
     add(
         "--option",
         action="append",
@@ -91,7 +96,7 @@ def _local(options: argparse.Namespace, command: list[str], secrets: dict[str, s
         print(shlex.join([sys.executable, "-m", "dpo_ds.launcher.agent", *ranks, "--", *command]))
         return 0
     os.environ.update(secrets)
-    return Agent(command, node_from({}, ranks=options.gpus, port=options.master_port)).run()
+    return Agent(command, node_from({}, ranks=options.gpus, port=options.master_port), grace_s=options.grace).run()
 
 
 def _ssh(options: argparse.Namespace, command: list[str], secrets: dict[str, str], run: Run) -> int:
@@ -110,14 +115,16 @@ def _ssh(options: argparse.Namespace, command: list[str], secrets: dict[str, str
         environment=environment | secrets,
         address=options.master_addr,
         port=options.master_port,
+        grace_s=options.grace,
+        silence_s=options.silence,
     )
     if options.dry_run:
         print(f"variables    {' '.join(sorted(environment | secrets))}")
         for host, job in zip(hosts, jobs, strict=True):
-            print(f"{host.name:<12} {shlex.join(ssh_command(host))}")
+            print(f"{host.name:<12} {shlex.join(ssh_command(host, silence_s=options.silence))}")
             print(f"{'':<12} there: {shlex.join(job.arguments)}")
         return 0
-    return SshJob(hosts, jobs).run()
+    return SshJob(hosts, jobs, grace_s=options.grace, silence_s=options.silence).run()
 
 
 def _slurm(options: argparse.Namespace, command: list[str], secrets: dict[str, str], run: Run) -> int:

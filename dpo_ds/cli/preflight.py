@@ -16,6 +16,7 @@ from dpo_ds.data.prepare import PreparedPairs, Source, prepare
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.checkpoint import (
+    BYTES_PER_PARAMETER,
     CHECKPOINTS_FOLDER,
     check_origin,
     complete_checkpoints,
@@ -27,11 +28,13 @@ from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, state
 from dpo_ds.engine.export import why_not_replaceable
 from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.engine.policy import swaps_to_files
+from dpo_ds.engine.shards import stored_parameters
 from dpo_ds.errors import UserError
 from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
+from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.tokenizer import load_tokenizer
-from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE, versions
+from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
 from dpo_ds.trainer import schedule_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,6 +57,7 @@ class Inputs:
         origin: what must be the same where a checkpoint of this run goes on, by the run file's keys.
         checkpoints: complete ones to go on from, in the order of preference; none where the run begins.
         allow_changed: keys of ``origin`` that may differ from a checkpoint's.
+        commits: of the hub's models and tokenizers, by their ids.
         plan: what will happen, for a person to read.
     """
 
@@ -69,6 +73,7 @@ class Inputs:
     origin: dict[str, Any]
     checkpoints: tuple[Path, ...]
     allow_changed: frozenset[str]
+    commits: dict[str, str]
     plan: str
 
     @property
@@ -81,10 +86,9 @@ class Inputs:
         """What must be the same on all nodes, by names that a person understands."""
         engines = {"policy": self.policy_config, "reference": self.reference_config}
         return (
-            {f"the version of {name}": str(version) for name, version in versions().items()}
-            | {key: json.dumps(value) for key, value in self.origin.items()}
+            {key: json.dumps(value) for key, value in self.origin.items()}
             | {f"deepspeed.{name}": json.dumps(config, default=str) for name, config in engines.items()}
-            | {"output_dir": self.config.output_dir}
+            | {f"the hub's commit of {name}": commit for name, commit in self.commits.items()}
         )
 
     @property
@@ -229,8 +233,10 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
     policy = config.model.policy
     reference = None if config.reference.mode == "none" else config.model.reference or policy
     tokenizer_path = config.model.tokenizer or policy
+    commits = _fetched(config, reference=reference, weights=not run.dry_run)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     _check_models(config, policy, reference, tokenizer)
+    _check_room(config, folder)
 
     def prepared(sources: Sequence[DataSource]) -> PreparedPairs:
         return prepare(
@@ -263,6 +269,7 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
         origin=origin,
         checkpoints=checkpoints,
         allow_changed=run.allow_changed,
+        commits=commits,
         plan=_plan(config, policy, reference, train, evaluation, ranks, cache, checkpoints),
     )
 
@@ -367,6 +374,35 @@ def _located(run: Run) -> RunConfig:
             reference=found(deepspeed.reference, "deepspeed.reference"),
         ),
     )
+
+
+def _fetched(config: RunConfig, *, reference: str | None, weights: bool) -> dict[str, str]:
+    """Fetches what is on the hub, and returns the commits by id."""
+    model = config.model
+    wanted = {"model.tokenizer": model.tokenizer, "model.policy": model.policy, "model.reference": reference}
+    found = {}
+    for key, name in wanted.items():
+        if name is not None and name not in found:
+            only_tokens = key == "model.tokenizer" and name != model.policy
+            found[name] = fetch(name, key=key, weights=weights and not only_tokens, code=model.trust_remote_code)
+    return {name: commit for name, commit in found.items() if commit is not None}
+
+
+def _check_room(config: RunConfig, folder: Path) -> None:
+    """Looks, long before the engines do, for room for the export, and for a checkpoint where one will be saved."""
+    weights = Path(held(config.model.policy))
+    parameters = stored_parameters(weights) if weights.exists() else None
+    if parameters is None:
+        return
+    each = _DTYPES[config.model.dtype].itemsize
+    needed = parameters * (each + (BYTES_PER_PARAMETER if config.checkpoint.every is not None else 0))
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {folder} needs about {needed / 2**30:.1f} GiB for {parameters / 1e6:.0f} million parameters, "
+            f"and {free / 2**30:.1f} GiB are free; make room, or name another folder"
+        )
 
 
 def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any]]:

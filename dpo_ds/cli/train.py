@@ -2,14 +2,18 @@
 
 import errno
 import gc
+import json
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dpo_ds.config import parse_run
+from dpo_ds.config import Run, flat, parse_run
 from dpo_ds.errors import PeerError, RunError, Stopped, UserError
 from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
@@ -85,7 +89,10 @@ def start(
         inputs = None
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:
-                inputs = preflight(run, ranks=identity.size, trains=trains)
+                with _node_named(identity):
+                    # Reading and tokenizing may take hours.
+                    meeting.compare(_facts(run, identity), folder=Path(run.config.output_dir))
+                    inputs = preflight(run, ranks=identity.size, trains=trains)
                 meeting.vouch(inputs.facts)
             meeting.wait()
         if inputs is not None and identity.rank == 0:
@@ -108,6 +115,30 @@ def start(
         place = error.filename or f"output_dir {run.config.output_dir}"
         mended = "make room and make it writable; the same command goes on from the last checkpoint"
         _leave(identity, UserError(f"{place} cannot be written ({error.strerror}); {mended}"), folder)
+
+
+def _facts(run: Run, identity: Identity) -> dict[str, str]:
+    """Returns what must be the same on all nodes and takes no time to find, by names that a person understands."""
+    from dpo_ds.engine.devices import kind_of_devices
+    from dpo_ds.tracking import versions
+
+    values = {key: repr(value) for key, value in flat(run.config).items() if key != "env"}
+    # Secrets may be in there.
+    values["a digest of env"] = sha256(json.dumps(run.config.env, sort_keys=True).encode()).hexdigest()[:8]
+    values["the accelerator"] = kind_of_devices(identity.local_size)
+    return values | {f"the version of {name}": str(version) for name, version in versions().items()}
+
+
+@contextmanager
+def _node_named(identity: Identity) -> Iterator[None]:
+    """Adds the node's name to a mistake that perhaps this node alone has made."""
+    try:
+        yield
+    except UserError as error:
+        host = socket.gethostname()
+        if identity.size == identity.local_size or host in str(error):
+            raise
+        raise UserError(f"{error} (on {host})") from error
 
 
 def _leave(identity: Identity, error: UserError | RunError, folder: Path | None) -> NoReturn:

@@ -33,7 +33,7 @@ COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _ASIDE = ".tmp"
 _FORMAT = 2
-_BYTES_PER_PARAMETER = 12
+BYTES_PER_PARAMETER = 12
 """A master weight and Adam's two moments, in float32; the weights themselves follow from the masters."""
 _SEEN_WITHIN_S = 10.0
 """Shared file systems show another node's new file after a few seconds."""
@@ -451,7 +451,7 @@ class Checkpoints:
         shutil.rmtree(going)
 
     def _lack_of_space(self) -> str | None:
-        needed = _BYTES_PER_PARAMETER * self._policy.parameters + self._world.size * 2**20
+        needed = BYTES_PER_PARAMETER * self._policy.parameters + self._world.size * 2**20
         free = shutil.disk_usage(self.folder).free
         if free >= needed:
             return None

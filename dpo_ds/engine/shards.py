@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.models.causal_lm import load_causal_lm
+from dpo_ds.models.hub import held
 from dpo_ds.models.scorer import Scorer
 
 WEIGHTS = "model.safetensors"
@@ -87,7 +88,7 @@ def load_sharded(
     Raises:
         UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
     """
-    problem = None
+    path, problem = held(path), None
     with _sharding_at_load(ds_config), _reading_parts(path, world) as ranks:
         try:
             model = load_causal_lm(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
@@ -311,6 +312,18 @@ def tensor_files(path: str | Path) -> dict[str, str] | None:
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)
     return None
+
+
+def stored_parameters(path: str | Path) -> int | None:
+    """Returns how many values a checkpoint's safetensors files hold, None where they do not say."""
+    total = 0
+    try:
+        for file in set((tensor_files(path) or {}).values()):
+            with safe_open(file, framework="pt") as opened:
+                total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, LookupError):
+        return None  # loading has the better words for it
+    return total or None
 
 
 def find_file(path: str | Path, file: str) -> str | None:

@@ -186,7 +186,7 @@ class Agent(Together):
             logs: folder for the output of all ranks but the first of the node, which speaks here.
             grace_s: seconds from a signal to the end of ranks that are still there.
         """
-        super().__init__(grace_s=grace_s, failed_grace_s=_FAILED_GRACE_S)
+        super().__init__(grace_s=grace_s, failed_grace_s=min(_FAILED_GRACE_S, grace_s))
         if node.port == 0 and node.count == 1:
             node = replace(node, port=_free_port())
         self._command, self._node, self._logs = [sys.executable, "-u", *command], node, logs

@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.agent import Agent, agent_of
 
-HEARTBEAT_S = 5.0
-_SILENCE_S = 30.0
-
 
 @dataclass(frozen=True)
 class NodeJob:
@@ -27,11 +24,13 @@ class NodeJob:
         folder: to work in.
         environment: variables that the ranks get beside those of this node.
         arguments: of the node agent.
+        silence_s: for how long nothing may be heard of whoever started this.
     """
 
     folder: str
     environment: dict[str, str]
     arguments: list[str]
+    silence_s: float
 
     def line(self) -> bytes:
         """Returns it as the line that ``main`` reads."""
@@ -42,7 +41,7 @@ def main() -> None:
     """Runs a node's ranks to their end, and exits with their code."""
     told = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what comes after the line is read elsewhere
     try:
-        job = NodeJob(**json.loads(told.readline()))
+        job = _read(told.readline())
         os.environ.update(job.environment)
         try:
             os.chdir(job.folder)
@@ -52,7 +51,7 @@ def main() -> None:
                 "all nodes share"
             ) from error
         agent = agent_of(job.arguments)
-        threading.Thread(target=_obey, args=(agent,), name="orders", daemon=True).start()
+        threading.Thread(target=_obey, args=(agent, job.silence_s), name="orders", daemon=True).start()
         code = agent.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -60,9 +59,19 @@ def main() -> None:
     sys.exit(code)
 
 
-def _obey(agent: Agent) -> None:
+def _read(line: bytes) -> NodeJob:
+    try:
+        return NodeJob(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"dpo_ds on {os.uname().nodename} does not understand the one that launches ({error}); install the same "
+            "version on all nodes"
+        ) from error
+
+
+def _obey(agent: Agent, silence_s: float) -> None:
     orders = sys.stdin.fileno()
-    while select.select([orders], [], [], _SILENCE_S)[0]:
+    while select.select([orders], [], [], silence_s)[0]:
         told = os.read(orders, 4096)
         if not told:
             break

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dpo_ds.errors import UserError
-from dpo_ds.launcher.remote import HEARTBEAT_S, NodeJob
+from dpo_ds.launcher.remote import NodeJob
 from dpo_ds.launcher.together import Together
 
 PASSED_ON = (
@@ -29,11 +29,8 @@ PASSED_ON = (
 )
 """Patterns of the variables that reach the other machines."""
 
-_SSH = (
-    *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
-    # A machine that has lost its power says nothing: its silence is noticed after 15 s.
-    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
-)
+_SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_BEATS = 3  # in the time for which a machine may be silent
 _SSH_FAILED = 255
 _FAILED_GRACE_S = 30.0  # more than an agent gives its ranks
 
@@ -88,6 +85,8 @@ def jobs_of_hosts(
     environment: Mapping[str, str],
     address: str | None = None,
     port: int | None = None,
+    grace_s: float,
+    silence_s: float,
 ) -> list[NodeJob]:
     """Returns what each machine is to run.
 
@@ -98,6 +97,8 @@ def jobs_of_hosts(
         environment: variables that the ranks get.
         address: where ranks meet; default: the first machine's name.
         port: the same; default: one that few jobs share.
+        grace_s: seconds that ranks have to save when they are asked to stop.
+        silence_s: seconds after which a silent network counts as lost on this side; the far side waits twice as long.
 
     Raises:
         UserError: the machines are to run different numbers of ranks.
@@ -111,36 +112,45 @@ def jobs_of_hosts(
     place = [
         *("--nodes", str(len(hosts)), "--ranks", str(ranks.pop())),
         *("--master_addr", address or hosts[0].name, "--master_port", str(port or 20000 + os.getpid() % 20000)),
+        *("--grace", f"{grace_s:g}"),
     ]
     return [
-        NodeJob(folder, dict(environment), [*place, "--node_rank", str(rank), "--", *command])
+        NodeJob(folder, dict(environment), [*place, "--node_rank", str(rank), "--", *command], 2 * silence_s)
         for rank in range(len(hosts))
     ]
 
 
-def ssh_command(host: Host) -> list[str]:
-    """Returns the whole of what is on a command line: the same Python there, and nothing of the user's."""
-    return [*_SSH, host.name, f"exec {shlex.quote(sys.executable)} -u -m dpo_ds.launcher.remote"]
+def ssh_command(host: Host, *, silence_s: float) -> list[str]:
+    """Returns the whole of what is on a command line: the same Python there, and nothing of the user's.
+
+    Args:
+        host: the machine.
+        silence_s: seconds after which ssh gives up a machine that has lost its power, or its network: it says nothing.
+    """
+    alive = ["-o", f"ServerAliveInterval={max(1, round(silence_s / _BEATS))}", "-o", f"ServerAliveCountMax={_BEATS}"]
+    return [*_SSH, *alive, host.name, f"exec {shlex.quote(sys.executable)} -u -m dpo_ds.launcher.remote"]
 
 
 class SshJob(Together):
     """One agent a machine."""
 
-    def __init__(self, hosts: Sequence[Host], jobs: Sequence[NodeJob], *, grace_s: float = 600.0) -> None:
+    def __init__(self, hosts: Sequence[Host], jobs: Sequence[NodeJob], *, grace_s: float, silence_s: float) -> None:
         """Starts nothing yet.
 
         Args:
             hosts: the machines.
             jobs: what each is to run.
             grace_s: seconds from a signal, or from the first machine that has stopped, to the end of the others.
+            silence_s: seconds after which a silent machine counts as lost.
         """
-        super().__init__(grace_s=grace_s, failed_grace_s=_FAILED_GRACE_S)
-        self._hosts, self._jobs = hosts, jobs
+        super().__init__(grace_s=grace_s, failed_grace_s=min(_FAILED_GRACE_S, grace_s))
+        self._hosts, self._jobs, self._silence_s = hosts, jobs, silence_s
 
     def _start(self) -> None:
         for host, job in zip(self._hosts, self._jobs, strict=True):
             # In a session of its own, so that Ctrl-C reaches the ranks through us, once.
-            agent = subprocess.Popen(ssh_command(host), stdin=subprocess.PIPE, start_new_session=True)
+            command = ssh_command(host, silence_s=self._silence_s)
+            agent = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             self._processes.append(agent)
             _write(agent, job.line())
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -159,7 +169,7 @@ class SshJob(Together):
 
     def _beat(self) -> None:
         while True:
-            time.sleep(HEARTBEAT_S)
+            time.sleep(self._silence_s / _BEATS)
             for agent in self._processes:
                 _write(agent, b"0\n")
 

@@ -71,7 +71,7 @@ def test_ssh_is_shown_with_every_word_but_no_value_of_a_variable(tmp_path, capsy
     assert [line.split()[0] for line in lines] == ["one", "there:", "two", "there:"]
     for rank, line in enumerate(lines[1::2]):
         words = shlex.split(line)[1:]
-        place = f"--nodes 2 --ranks 2 --master_addr one --master_port 5000 --node_rank {rank} --".split()
+        place = f"--nodes 2 --ranks 2 --master_addr one --master_port 5000 --grace 600 --node_rank {rank} --".split()
         assert words == [*place, str(REPOSITORY / "launch/train.py"), *RUN]
 
 
@@ -86,7 +86,7 @@ def test_slurm_is_shown_with_its_command_and_its_script(capsys):
 
 
 def test_this_machine_runs_the_agent(tmp_path):
-    (tmp_path / "script.py").write_text("import os, sys; print(sys.argv[1:], os.environ['RANK'], flush=True)")
+    (tmp_path / "script.py").write_text("import os, sys\nsys.stdout.write(f\"{sys.argv[1:]} {os.environ['RANK']}\\n\")")
     options = ["--script", str(tmp_path / "script.py"), "--gpus", "2"]
     command = [sys.executable, "-m", "dpo_ds", "launch", *options, *RUN]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -135,6 +135,7 @@ def test_a_file_of_secrets_that_others_can_read_or_nobody_is_refused(tmp_path, m
     [
         (["--on", "local", "--nodes", "2"], "--nodes must be 1 on this machine alone, got 2"),
         (["--loss.beta", "-1"], "loss.beta must be > 0"),
+        (["--silence", "0"], "--silence must be a number of seconds > 0, got 0"),
         (["--script", "launch/nothing.py"], "--script: there is no launch/nothing.py"),
         (["--on", "kubernetes"], "there is no kubectl on this machine"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,16 @@ CASES = {
     ),
     "float16": (no_preparation, ["--model.dtype", "float16"], "model.dtype"),
 }
+
+
+def test_a_disk_that_is_too_small_for_the_export_is_found_before_the_engines(files, capsys, monkeypatch):
+    small = shutil.disk_usage(files)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    with pytest.raises(SystemExit) as left:
+        main(["--config", "run.yaml"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: output_dir out needs about 0.0 GiB for 0 million parameters")
+    assert not (files / "out").exists()
 
 
 @pytest.mark.parametrize("case", CASES)

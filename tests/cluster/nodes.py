@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.ranks import REPOSITORY
+
 PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen")
 NAMES = ("node0", "node1")
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
@@ -34,6 +36,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 MaxStartups 100
 PidFile none
+SetEnv PYTHONPATH={package}
 """
 # Its own /etc, /dev/shm and processes; /sys stays, as Slurm's daemons want it.
 _BOOT = """
@@ -75,7 +78,7 @@ class Nodes:
             (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known]) + "\n")
             (etc / "hostname").write_text(name + "\n")
             (etc / "ssh/ssh_config").write_text(_SSH_CONFIG.format(folder=folder))
-            (etc / "ssh/sshd_config").write_text(_SSHD_CONFIG.format(folder=folder))
+            (etc / "ssh/sshd_config").write_text(_SSHD_CONFIG.format(folder=folder, package=REPOSITORY))
             _call("ip", "netns", "add", space)
         first, second = self._spaces
         _call("ip", "link", "add", "v0", "netns", first, "type", "veth", "peer", "name", "v0", "netns", second)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sacct", "munged")
 _CONFIG = """
 ClusterName=dpotest
 SlurmctldHost={host}(127.0.0.1)
@@ -33,6 +33,8 @@ SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/ended.txt
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -97,6 +99,10 @@ class Slurm:
         words = self._call("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def accounted(self, job: str, field: str) -> str:
+        """Returns what ``sacct`` tells of a job that has ended."""
+        return self._call("sacct", "-c", "-n", "-P", "-j", job, "-o", field).strip()
+
     def wait(self, job: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
         """Waits until a job's state is one of some."""
         deadline = time.monotonic() + timeout_s
@@ -112,9 +118,16 @@ class Slurm:
     def stop(self) -> None:
         """Ends the daemons, and waits for them."""
         files = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munge/munged.pid"]
+        pids: list[int] = []
         for file in files:
             with suppress(OSError, ValueError):
-                _end(int(file.read_text()))
+                pids.append(int(file.read_text()))
+        for pid in pids:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        for pid in pids:
+            with suppress(OSError):
+                _end(pid)
 
     def _start_munge(self) -> None:
         munge = self.folder / "munge"
@@ -135,7 +148,6 @@ class Slurm:
 
 
 def _end(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
     for _ in range(100):
         time.sleep(0.1)
         os.kill(pid, 0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +13,24 @@ import pytest
 import yaml
 
 from dpo_ds.cli.launch import kubernetes_manifest
+from tests.cluster import needs, needs_program
+from tests.cluster.conftest import EVERY, STEPS
 from tests.cluster.nodes import Nodes, why_not
-from tests.ranks import REPOSITORY, run_ranks
-from tests.test_resume import record, write_run
-from tests.test_run import TRAIN
+from tests.cluster.telling import TELLING, TORTURE, told
+from tests.ranks import REPOSITORY
+from tests.test_resume import record
 
-_LACKING = why_not()
-assert _LACKING is None or "DPO_DS_REQUIRE_CLUSTER" not in os.environ, _LACKING
-STEPS = 150
-pytestmark = [
-    pytest.mark.multinode,
-    pytest.mark.ranks,
-    pytest.mark.skipif(_LACKING is not None, reason=str(_LACKING)),
-]
+pytestmark = [pytest.mark.multinode, pytest.mark.ranks, needs(why_not())]
 
-TORTURE = "a b  $HOME `id` \"q\" 'r' ; & \\ ü\n$(id) {x} *"
+PYTHON = sys.executable
 ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(REPOSITORY),
     "DPO_DS_TORTURE": TORTURE,
 }
+ODD = ["--tracking.project", TORTURE]
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +40,11 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     machines.remove()
 
 
-@pytest.fixture(scope="module")
-def calm(tiny_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on this one machine that nobody disturbs."""
-    sections: dict[str, dict[str, object]] = {
-        "train": {"max_steps": STEPS, "epochs": 100, "eval_every": None},
-        "checkpoint": {"every": 50},
-    }
-    folder = write_run(tmp_path_factory.mktemp("runs") / "calm", tiny_chat, **sections)
-    run_ranks(2, [TRAIN, "--config", folder / "run.yaml"], folder=folder).expect_success()
-    return folder
-
-
-@pytest.fixture
-def folder(calm: Path, tmp_path: Path) -> Path:
-    """The same run, not yet begun."""
-    again = Path(shutil.copytree(calm, tmp_path / "again", ignore=shutil.ignore_patterns("out", "rank*")))
-    (again / "run.yaml").write_text((again / "run.yaml").read_text().replace(str(calm), str(again)))
-    (again / "hostfile").write_text("# two machines\nnode0 slots=1\nnode1 slots=1\n")
-    return again
-
-
 def launch(nodes: Nodes, folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "dpo_ds", "launch", "--on", "ssh", "--hostfile", "hostfile", "--script", TRAIN]
-    return nodes.start(0, [*command, "--config", folder / "run.yaml"], cwd=folder, env=ENVIRONMENT)
+    # A machine that is silent for three seconds is lost, and what it leaves has ten to end.
+    options = ["--hostfile", "hostfile", "--silence", "3", "--grace", "10", "--script", TELLING]
+    command = [PYTHON, "-m", "dpo_ds", "launch", "--on", "ssh", *options, "--config", folder / "run.yaml", *ODD]
+    return nodes.start(0, command, cwd=folder, env=ENVIRONMENT)
 
 
 def ended(*processes: "subprocess.Popen[str]", timeout_s: float = 120) -> tuple[list[int], str]:
@@ -76,34 +52,91 @@ def ended(*processes: "subprocess.Popen[str]", timeout_s: float = 120) -> tuple[
     return [process.returncode for process in processes], said
 
 
-def wait_for(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_for(is_so: Callable[[], bool], timeout_s: float = 60, *jobs: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline or any(job.poll() is not None for job in jobs):
+            for job in jobs:
+                job.terminate()
+            pytest.fail(f"it is not so: {ended(*jobs)}")
         time.sleep(0.1)
+
+
+def wait_for_steps(steps: int, folder: Path, *jobs: "subprocess.Popen[str]") -> None:
+    wait_for(lambda: steps_taken(folder) >= steps, 90, *jobs)
 
 
 def expect_none_left(nodes: Nodes, folder: Path, timeout_s: float = 15) -> None:
     wait_for(lambda: not nodes.processes(str(folder)), timeout_s)
 
 
-def expect_same(folder: Path, calm: Path) -> None:
+def expect_same(nodes: Nodes, folder: Path, calm: Path) -> None:
     assert record(folder) == record(calm)
     assert json.loads((folder / "out/summary.json").read_text())["world_size"] == 2
+    expect_none_left(nodes, folder)
+
+
+def expect_told(folder: Path, *odd: str, inherited: str | None = TORTURE) -> None:
+    for rank in (0, 1):
+        arguments = ["--config", str(folder / "run.yaml"), *odd]
+        assert told(folder, rank) == {"arguments": arguments, "inherited": inherited, "of the run file": TORTURE}
+        (folder / f"told-{rank}.json").unlink()
 
 
 def steps_taken(folder: Path) -> int:
     return len(record(folder)) if (folder / "out/metrics.jsonl").exists() else 0
 
 
-def test_two_machines_over_ssh_train_as_one(nodes, folder, calm):
-    codes, said = ended(launch(nodes, folder))
-    assert codes == [0], said
-    expect_same(folder, calm)
+def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
+    # Asked to leave, it saves.
+    job = launch(nodes, folder)
+    wait_for_steps(3, folder, job)
+    os.kill(launcher_of(nodes, folder), signal.SIGTERM)
+    codes, said = ended(job)
+    assert codes == [200], said
+    assert json.loads((folder / "out/RESUME.json").read_text())["step"] < EVERY
     expect_none_left(nodes, folder)
 
+    # A cut link: the job ends and says whose, and nothing goes on behind the cut.
+    job = launch(nodes, folder)
+    wait_for_steps(EVERY + 5, folder, job)
+    nodes.plug(1, "down")
+    expect_lost(nodes, folder, job)
+    nodes.plug(1, "up")
 
-def test_values_and_arguments_arrive_byte_for_byte_and_on_no_command_line(nodes, tmp_path):
+    # With a killed launcher, its ranks save and end.
+    job = launch(nodes, folder)
+    wait_for_steps(EVERY + 15, folder, job)
+    os.kill(launcher_of(nodes, folder), signal.SIGKILL)
+    _, said = ended(job)
+    assert f"going on behind step {EVERY} of {STEPS}" in said
+    expect_none_left(nodes, folder)
+
+    # A machine without power.
+    job = launch(nodes, folder)
+    wait_for_steps(2 * EVERY + 5, folder, job)
+    nodes.power_off(1)
+    expect_lost(nodes, folder, job)
+    nodes.boot(1)
+
+    # And all the same in the end.
+    codes, said = ended(launch(nodes, folder))
+    assert codes == [0], said
+    assert f"going on behind step {2 * EVERY} of {STEPS}" in said
+    expect_told(folder, *ODD)
+    expect_same(nodes, folder, calm)
+
+
+def expect_lost(nodes: Nodes, folder: Path, job: "subprocess.Popen[str]") -> None:
+    began = time.monotonic()
+    codes, said = ended(job)
+    assert codes == [255], said
+    assert "error: node1: ssh has ended with 255" in said
+    assert time.monotonic() - began < 40
+    expect_none_left(nodes, folder, 30)
+
+
+def test_a_secret_is_on_no_command_line_and_what_is_not_named_stays_here(nodes, tmp_path):
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     (tmp_path / "secrets.yaml").write_text(json.dumps({"MY_TOKEN": "s3cret"}))
     (tmp_path / "secrets.yaml").chmod(0o600)
@@ -113,26 +146,21 @@ def test_values_and_arguments_arrive_byte_for_byte_and_on_no_command_line(nodes,
         "told = [sys.argv[1:], os.environ['DPO_DS_TORTURE'], os.environ['MY_TOKEN'], os.environ.get('NOT_PASSED')]\n"
         "open(f'{rank}.tmp', 'w').write(json.dumps(told)); os.rename(f'{rank}.tmp', f'{rank}.json')\n"
         "while not os.path.exists('done'): time.sleep(0.05)\n"
+        "sys.exit(7 * int(rank))\n"
     )
-    options = [
-        "--on",
-        "ssh",
-        "--hostfile",
-        "hostfile",
-        "--env_file",
-        "secrets.yaml",
-        "--script",
-        tmp_path / "script.py",
-    ]
+    options = ["--hostfile", "hostfile", "--env_file", "secrets.yaml", "--script", tmp_path / "script.py"]
     smallest = ["--model.policy", "m", "--data.train", "d", "--output_dir", TORTURE]
-    command = [sys.executable, "-m", "dpo_ds", "launch", *options, *smallest]
+    command = [PYTHON, "-m", "dpo_ds", "launch", "--on", "ssh", *options, *smallest]
     job = nodes.start(0, command, cwd=tmp_path, env=ENVIRONMENT | {"NOT_PASSED": "x"})
     wait_for(lambda: all((tmp_path / f"{rank}.json").exists() for rank in (0, 1)))
     assert not nodes.processes("s3cret")
     (tmp_path / "done").touch()
-    assert ended(job)[0] == [0]
+    codes, said = ended(job)
+    assert codes == [7]
+    assert "rank 1 on node1 has ended with code 7" in said
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [smallest, TORTURE, "s3cret", None]
+    expect_none_left(nodes, tmp_path)
 
 
 def test_a_mistake_is_said_once_with_its_code(nodes, folder):
@@ -144,49 +172,12 @@ def test_a_mistake_is_said_once_with_its_code(nodes, folder):
     expect_none_left(nodes, folder)
 
 
-def test_term_saves_and_the_same_command_goes_on(nodes, folder, calm):
-    job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= 3)
-    os.kill(launcher_of(nodes, folder), signal.SIGTERM)
-    codes, said = ended(job)
-    assert codes == [200], said
-    assert json.loads((folder / "out/RESUME.json").read_text())["step"] < STEPS
-    expect_none_left(nodes, folder)
-    assert ended(launch(nodes, folder))[0] == [0]
-    expect_same(folder, calm)
-
-
-def test_ranks_end_with_a_killed_launcher(nodes, folder):
-    job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= 2)
-    os.kill(launcher_of(nodes, folder), signal.SIGKILL)
-    ended(job)
-    expect_none_left(nodes, folder, 60)
-
-
-def test_a_machine_without_power_ends_the_job_by_name_and_the_job_goes_on_when_it_is_back(nodes, folder, calm):
-    job = launch(nodes, folder)
-    wait_for(lambda: steps_taken(folder) >= 60)
-    nodes.power_off(1)
-    began = time.monotonic()
-    codes, said = ended(job)
-    assert codes == [255], said
-    assert "error: node1: ssh has ended with 255" in said
-    assert time.monotonic() - began < 60
-    expect_none_left(nodes, folder)
-    nodes.boot(1)
-    codes, said = ended(launch(nodes, folder))
-    assert codes == [0], said
-    assert "going on behind step 50" in said
-    expect_same(folder, calm)
-
-
 def test_pods_of_the_manifest_train_and_save_when_they_are_asked_to_leave(nodes, folder, calm):
     manifest = kubernetes_manifest(
         (REPOSITORY / "launch/kubernetes.yaml").read_text(),
         nodes=2,
         gpus=1,
-        arguments=[str(TRAIN), "--config", str(folder / "run.yaml")],
+        arguments=[str(TELLING), "--config", str(folder / "run.yaml"), *ODD],
     )
     job = next(document for document in yaml.safe_load_all(manifest) if document["kind"] == "Job")
     container = job["spec"]["template"]["spec"]["containers"][0]
@@ -202,28 +193,27 @@ def test_pods_of_the_manifest_train_and_save_when_they_are_asked_to_leave(nodes,
         ]
 
     started = pods()
-    wait_for(lambda: steps_taken(folder) >= 3)
+    wait_for_steps(3, folder, *started)
     for pid in nodes.processes(str(folder)):
         words_of = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"dpo_ds.launcher.agent" in words_of and not words_of.startswith((b"nsenter", b"unshare")):
             os.kill(pid, signal.SIGTERM)
     codes, said = ended(*started)
     assert codes == [200, 200], said
+    expect_none_left(nodes, folder)
     codes, said = ended(*pods())
     assert codes == [0, 0], said
-    expect_same(folder, calm)
+    expect_told(folder, *ODD)
+    expect_same(nodes, folder, calm)
 
 
 def test_torchrun_on_two_machines(nodes, folder, calm):
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29412", "--rdzv_id", "1"]
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
     agents = [
         nodes.start(
             node,
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
-                *rendezvous,
-                *(TRAIN, "--config", folder / "run.yaml"),
-            ],
+            [*torchrun, TELLING, "--config", folder / "run.yaml", *ODD],
             cwd=folder,
             env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "v0"},
         )
@@ -231,37 +221,85 @@ def test_torchrun_on_two_machines(nodes, folder, calm):
     ]
     codes, said = ended(*agents)
     assert codes == [0, 0], said
-    expect_same(folder, calm)
+    expect_told(folder, *ODD)
+    expect_same(nodes, folder, calm)
 
 
-@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh not installed (apt install pdsh)")
-def test_deepspeeds_own_front_over_pdsh(nodes, folder, calm):
-    # A shell on each machine reads these values: no torture here.
+def deepspeed(nodes: Nodes, folder: Path, *options: str, arguments: list[str | Path]) -> "subprocess.Popen[str]":
+    # DeepSpeed puts these values into quotes for a shell that reads them under pdsh, and does not under MPI.
     names = ("PATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHONPATH")
-    (folder / ".deepspeed_env").write_text("".join(f"{name}={ENVIRONMENT[name]}\n" for name in names))
-    deepspeed = [Path(sys.executable).parent / "deepspeed", "--launcher", "pdsh", "--hostfile", "hostfile"]
-    job = nodes.start(0, [*deepspeed, TRAIN, "--config", folder / "run.yaml"], cwd=folder, env=ENVIRONMENT)
+    variables = {name: ENVIRONMENT[name] for name in names} | {"MASTER_ADDR": "node0"}
+    (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    command = [Path(PYTHON).parent / "deepspeed", "--hostfile", "hostfile", *options, *arguments]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return nodes.start(0, command, cwd=folder, env=ENVIRONMENT | root)
+
+
+def expect_code(nodes: Nodes, folder: Path, *options: str) -> None:
+    """A rank of the other machine fails: its code comes out of DeepSpeed's front."""
+    (folder / "failing.py").write_text("import os\nexit(7 * int(os.environ.get('RANK') or os.environ['PMIX_RANK']))\n")
+    codes, said = ended(deepspeed(nodes, folder, *options, arguments=[folder / "failing.py"]))
+    assert codes == [7], said
+    expect_none_left(nodes, folder)
+
+
+@needs_program("pdsh", "pdsh")
+def test_deepspeeds_own_front_over_pdsh(nodes, folder, calm):
+    expect_code(nodes, folder, "--launcher", "pdsh")
+
+    # A shell on each machine reads the arguments, so that blanks are all that they may have.
+    odd = ["--tracking.project", "two  words"]
+    arguments = [TELLING, "--config", folder / "run.yaml", *odd]
+    job = deepspeed(nodes, folder, "--launcher", "pdsh", arguments=arguments)
+    wait_for_steps(3, folder, job)
+    [front] = [pid for pid in nodes.processes(str(folder)) if words_of(pid)[1].endswith(b"bin/deepspeed")]
+    os.kill(front, signal.SIGTERM)
+    codes, said = ended(job)
+    assert codes == [1], said
+    expect_none_left(nodes, folder)
+    assert json.loads((folder / "out/RESUME.json").read_text())["step"] < STEPS
+
+    codes, said = ended(deepspeed(nodes, folder, "--launcher", "pdsh", arguments=arguments))
+    assert codes == [0], said
+    assert "going on behind step" in said
+    expect_told(folder, *odd, inherited=None)
+    expect_same(nodes, folder, calm)
+
+
+@pytest.mark.mpi
+@needs_program("ompi_info", "openmpi-bin")
+def test_open_mpi_under_deepspeeds_own_front_and_without_it(nodes, folder, calm):
+    network = ["--mca", "btl_tcp_if_include", "v0", "--mca", "oob_tcp_if_include", "v0"]
+    passed = [word for name in (*ENVIRONMENT, "MASTER_ADDR") for word in ("-x", name)]
+    mpirun = ["mpirun", "-n", "2", "-hostfile", "hostfile", "--map-by", "ppr:1:node", *network, *passed]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "MASTER_ADDR": "node0"}
+    command = [*mpirun, PYTHON, TELLING, "--config", folder / "run.yaml", *ODD]
+    job = nodes.start(0, command, cwd=folder, env=ENVIRONMENT | root)
+    wait_for_steps(3, folder, job)
+    # To TERM mpirun answers with KILL, a moment later.
+    [front] = [pid for pid in nodes.processes(str(folder)) if words_of(pid)[0].endswith(b"mpirun")]
+    os.kill(front, signal.SIGUSR1)
+    codes, said = ended(job)
+    assert codes == [200], said
+    expect_told(folder, *ODD)
+    expect_none_left(nodes, folder)
+
+    launcher = ["--launcher", "openmpi", "--launcher_args", " ".join([*network, "-x", "DPO_DS_TORTURE"])]
+    expect_code(nodes, folder, *launcher)
+    job = deepspeed(nodes, folder, *launcher, arguments=[TELLING, "--config", folder / "run.yaml", *ODD])
     codes, said = ended(job)
     assert codes == [0], said
-    expect_same(folder, calm)
+    assert "going on behind step" in said
+    expect_told(folder, *ODD)
+    expect_same(nodes, folder, calm)
 
 
-@pytest.mark.skipif(shutil.which("ompi_info") is None, reason="Open MPI not installed (apt install openmpi-bin)")
-def test_open_mpi_on_two_machines(nodes, folder, calm):
-    passed = [word for name in (*ENVIRONMENT, "MASTER_ADDR") for word in ("-x", name)]
-    mpirun = [
-        *("mpirun", "-n", "2", "-hostfile", "hostfile", "--map-by", "ppr:1:node", *passed),
-        *("--mca", "btl_tcp_if_include", "v0", "--mca", "oob_tcp_if_include", "v0"),
-    ]
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "MASTER_ADDR": "node0"}
-    command = [*mpirun, sys.executable, TRAIN, "--config", folder / "run.yaml"]
-    codes, said = ended(nodes.start(0, command, cwd=folder, env=ENVIRONMENT | root))
-    assert codes == [0], said
-    expect_same(folder, calm)
+def words_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
 
 
 def launcher_of(nodes: Nodes, folder: Path) -> int:
     """The process that starts the agents; nsenter, which has started it, has the same words behind its own."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in nodes.processes(str(folder))}
-    [pid] = [pid for pid, words in commands.items() if b"\0launch\0" in words and not words.startswith(b"nsenter")]
+    commands = {pid: words_of(pid) for pid in nodes.processes(str(folder))}
+    [pid] = [pid for pid, words in commands.items() if b"launch" in words and words[0] != b"nsenter"]
     return pid

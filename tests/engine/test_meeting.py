@@ -3,11 +3,18 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from socket import socket
 
 import pytest
 
+from dpo_ds.engine import meeting as rooms
+from dpo_ds.engine.meeting import Meeting
+from dpo_ds.errors import PeerError, UserError
+from dpo_ds.launcher.identity import Identity
 from tests.ranks import REPOSITORY
 
 RANK = """
@@ -76,3 +83,59 @@ def test_a_node_with_another_version_names_it_and_ends_all():
     host = os.uname().nodename
     assert said[2] == f"error: torch is 2.12 on {host}, but 2.13 on {host}, the first node; all nodes need the same\n"
     assert not any(said[rank] for rank in (0, 1, 3))
+
+
+def together(check: Callable[[Meeting, int], None], monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Two nodes of one rank, as threads of this process: what each has raised."""
+    with closing(socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    stores = []  # they end together
+
+    def node(rank: int) -> str | None:
+        try:
+            with Meeting(Identity(rank, 2, 0, 1)) as meeting:
+                stores.append(meeting.store)
+                check(meeting, rank)
+                meeting.vouch({})
+                meeting.wait()
+        except (UserError, PeerError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(node, (0, 1)))
+
+
+def test_nodes_with_one_folder_are_alike_and_leave_no_trace_in_it(tmp_path, monkeypatch):
+    for folder in (tmp_path, tmp_path / "not/yet/there"):
+        said = together(lambda meeting, rank, folder=folder: meeting.compare({"a": "b"}, folder=folder), monkeypatch)
+        assert said == [None, None]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_a_node_has_for_itself_is_found_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(rooms, "_SEEN_WITHIN_S", 0.1)
+
+    def check(meeting: Meeting, rank: int) -> None:
+        if rank == 1:
+            # What node 0 has put there is not here.
+            while not (probes := list(tmp_path.iterdir())):
+                time.sleep(0.01)
+            probes[0].unlink()
+        meeting.compare({}, folder=tmp_path)
+
+    first, second = together(check, monkeypatch)
+    assert first == "PeerError: "
+    host = os.uname().nodename
+    expected = f"UserError: output_dir {tmp_path} is not the same folder on {host} as on {host}, the first node"
+    assert str(second).startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_that_all_nodes_make_is_said_by_one(monkeypatch):
+    def check(meeting: Meeting, rank: int) -> None:
+        raise UserError("the data is empty")
+
+    assert sorted(map(str, together(check, monkeypatch))) == ["PeerError: ", "UserError: the data is empty"]
