@@ -102,7 +102,7 @@ def load_rows(source: Source, *, opener: Opener | None = None) -> list[Rows]:
     path = Path(source.path)
     if not path.exists() and (matches := sorted(glob.glob(source.path, recursive=True))):
         return [rows for match in matches for rows in load_rows(replace(source, path=match), opener=opener)]
-    builder = _builder(path)
+    builder = builder_of(path)
     if not path.exists() and (builder or not _HUB_ID.fullmatch(source.path)):
         raise UserError(f"the data file {path} does not exist; name a file, a glob, a folder or a hub id in data")
     if path.is_file() and builder is None:
@@ -121,7 +121,8 @@ def load_rows(source: Source, *, opener: Opener | None = None) -> list[Rows]:
         raise UserError(_why_unreadable(source, error)) from error
 
 
-def _builder(path: Path) -> str | None:
+def builder_of(path: Path) -> str | None:
+    """Returns how a file is read, by its name: ``json``, ``parquet``, ``csv`` or ``arrow``; None for no such file."""
     if path.suffix in _COMPRESSED:
         inner = _BUILDERS.get(path.with_suffix("").suffix)
         return inner if inner in _READERS else None
@@ -138,7 +139,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
     files = {
         file: next((name for name, pattern in _SPLITS.items() if pattern.search(str(place).lower())), None)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and _builder(file)
+        if file.is_file() and builder_of(file)
         for place in [file.relative_to(folder)]
         if not any(part.startswith((".", "__")) for part in place.parts)
     }
@@ -157,7 +158,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 
 
 def _file_rows(path: Path, columns: Columns) -> Rows:
-    builder = str(_builder(path))
+    builder = str(builder_of(path))
     if builder not in _READERS:
         from datasets import load_dataset
 
@@ -284,7 +285,7 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
         with _opened(path) as file, _csv_named(path):
             # Only the names of the columns matter: the cells are text, and the answers "NA" and "12" are answers.
             names = csv.open_csv(file, read_options=reading, parse_options=parsing).schema.names
-        if twice := _first_repeated(names):
+        if twice := first_repeated(names):
             raise UserError(f"the data file {path} names the column {twice!r} twice; rename or remove one of them")
         text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
         with _opened(path) as file, _csv_named(path):
@@ -316,7 +317,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         if path.suffix not in _COMPRESSED:
             raise
         raise UserError(
-            f"the data file {path} cannot be decompressed: {_one_line(error)}; it is damaged or not what its name "
+            f"the data file {path} cannot be decompressed: {one_line(error)}; it is damaged or not what its name "
             "says: rename it, or compress it again"
         ) from error
 
@@ -345,14 +346,14 @@ def _parsed(content: bytes, path: Path, *, line: int | None) -> Any:
     except json.JSONDecodeError as error:
         fault = f"line {line or error.lineno}, column {error.colno}: {error.msg}"
     except (ValueError, RecursionError) as error:
-        fault = f"{f'line {line}: ' if line else ''}{_one_line(error)}"
+        fault = f"{f'line {line}: ' if line else ''}{one_line(error)}"
     raise UserError(f"the data file {path} is not valid JSON: {fault}; mend or remove it")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"{_first_repeated([name for name, _ in pairs])!r} is named twice in one object")
+        raise ValueError(f"{first_repeated([name for name, _ in pairs])!r} is named twice in one object")
     return found
 
 
@@ -367,7 +368,8 @@ def _as_objects(values: Iterator[object], path: Path) -> Iterator[Row]:
         yield {**blank, **value} if isinstance(value, dict) else blank
 
 
-def _first_repeated(names: list[str]) -> str | None:
+def first_repeated(names: list[str]) -> str | None:
+    """Returns the first name that is there twice."""
     return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
@@ -378,7 +380,7 @@ def _csv_named(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         if "Empty CSV" in str(error):
             raise UserError(f"the data file {path} has no rows") from error
-        raise UserError(f"the data file {path} is not valid CSV: {_one_line(error)}; mend or remove it") from error
+        raise UserError(f"the data file {path} is not valid CSV: {one_line(error)}; mend or remove it") from error
 
 
 def _rows_of_library(source: Source) -> Rows:
@@ -404,7 +406,7 @@ def _table_rows(name: str, columns: Columns, load: Callable[[], Any]) -> Rows:
         # Bytes that are not UTF-8 would otherwise be noticed in the middle of the rows.
         table.data.validate(full=True)
     except DatasetsError as error:
-        raise ValueError(_one_line(error.__cause__ or error)) from error
+        raise ValueError(one_line(error.__cause__ or error)) from error
     if len(table) == 0:
         raise UserError(f"the data set {name} has no rows")
 
@@ -441,8 +443,9 @@ def _quiet() -> Iterator[None]:
 def _why_unreadable(source: Source, error: Exception) -> str:
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return f"the data set {source.path} has no rows"
-    return f"the data set {source.path} (split {source.split!r}) cannot be read: {_one_line(error)}"
+    return f"the data set {source.path} (split {source.split!r}) cannot be read: {one_line(error)}"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns a library's message, short and in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
