@@ -45,8 +45,9 @@ class Supplier:
         self._start()
 
     @property
-    def pid(self) -> int | None:
+    def pid(self) -> int:
         """Of the process that works now."""
+        assert self._process.pid is not None
         return self._process.pid
 
     def _start(self) -> None:
@@ -90,13 +91,15 @@ def _supply(
 ) -> None:
     stand_behind_parent()
     stand_behind_parent()
-    next_turn, files = turn, None
+    next_turn, files, waits_s = turn, None, 0.0
     while True:
         try:
-            while turns.poll(_POLL_S):
-                turn = turns.recv()
+            if turns.poll(waits_s):
+                while turns.poll():
+                    turn = turns.recv()
         except EOFError:  # the parent is gone
             return
+        waits_s = _POLL_S
         next_turn = max(next_turn, turn)
         # One turn more than may be prepared: another node's process may be one ahead of this one.
         stream.forget(but_for=schedule.blocks_of_turns(range(turn, min(turn + stream.keep + 1, schedule.turns))))
@@ -104,17 +107,20 @@ def _supply(
             continue
         block = schedule.block_of_turn(next_turn)
         if stream.path(block).exists():
-            next_turn += 1
+            next_turn, waits_s = next_turn + 1, 0.0
             continue
         with _alone(stream) as is_alone:
             if not is_alone or stream.path(block).exists():
                 continue
             stream.forget_begun(but_for=block)
             if stream.is_full(but_for=block):
+                # Of what another start had prepared, this one needs something else first.
+                stream.forget(but_for=schedule.blocks_of_turns(range(turn, min(turn + stream.keep, schedule.turns))))
                 continue
             try:
                 files = files or stream.open_sources()
                 stream.prepare(block, schedule.rows_of_block(block), *files, tokenizer)
+                waits_s = 0.0
             except (UserError, RunError) as error:
                 stream.tell(block, str(error))
                 print(f"warning: the run will end where it comes to this: {error}", file=sys.stderr, flush=True)

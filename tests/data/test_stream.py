@@ -1,17 +1,17 @@
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.feed import Feed
-from dpo_ds.data.prepare import Source, open_prepared, prepare
+from dpo_ds.data.prepare import Source, prepare
 from dpo_ds.data.stream import open_stream
 from dpo_ds.data.supply import StreamFeed, Supplier
 from dpo_ds.errors import RunError, UserError
@@ -74,10 +74,6 @@ def blocks_on_disk(stream):
     return {path.name for path in stream.blocks.iterdir() if path.is_dir()}
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.arrow")}
-
-
 def test_a_step_holds_the_same_pairs_whatever_was_read_before(sources, tokenizer, tmp_path):
     stream = opened(sources, tokenizer, tmp_path / "data")
     schedule = scheduled(stream)
@@ -88,8 +84,6 @@ def test_a_step_holds_the_same_pairs_whatever_was_read_before(sources, tokenizer
     assert [rows_of(by_hand, step) for step in (16, 3, 9)] == [expected[step] for step in (16, 3, 9)]
     with feed_of(stream, schedule, tokenizer) as (feed, _):
         assert {step: rows_of(feed, step) for step in expected} == expected
-    with feed_of(stream, schedule, tokenizer, behind=6) as (feed, _):
-        assert {step: rows_of(feed, step) for step in range(7, 17)} == {n: expected[n] for n in range(7, 17)}
     # The tokens are those that preparing everything gives.
     whole = prepare(sources, tokenizer, max_dropped=0.0, folder=tmp_path / "whole", **SETTINGS)
     tokens = {whole.where(index): whole.pair(index) for index in range(len(whole))}
@@ -100,35 +94,162 @@ def test_a_step_holds_the_same_pairs_whatever_was_read_before(sources, tokenizer
     assert (feed.pairs_until(7), feed.steps, feed.probe) == (28, 16, whole.pair(0))
 
 
-def test_the_folder_never_holds_more_blocks_than_it_may(tokenizer, tmp_path):
-    rows = [{"prompt": f"{n}:", "chosen": "yes", "rejected": "no"} for n in range(12_000)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = opened([Source(str(tmp_path / "rows.jsonl"))], tokenizer, tmp_path / "data", rows_per_block=1000, keep=3)
-    schedule = scheduled(stream, pairs_per_step=300)
-    most, over = [], threading.Event()
+@contextmanager
+def measured(stream):
+    """Gives the largest number of blocks, and of all their bytes, that are on disk until it ends."""
+    most, over = [0, 0], threading.Event()
 
     def measure() -> None:
-        while not over.is_set():
-            sizes = []
-            for path in stream.blocks.rglob("*"):
-                try:
-                    sizes.append(path.stat().st_size)
-                except FileNotFoundError:
-                    continue
-            most.append((len(blocks_on_disk(stream)), sum(sizes)))
-            time.sleep(0.002)
+        while not over.wait(0.002):
+            # A folder may go while it is looked at.
+            with suppress(FileNotFoundError):
+                most[0] = max(most[0], len(blocks_on_disk(stream)))
+                most[1] = max(most[1], sum(path.stat().st_size for path in stream.blocks.rglob("*.arrow")))
 
     watching = threading.Thread(target=measure)
     watching.start()
-    with feed_of(stream, schedule, tokenizer) as (feed, _):
-        for step in range(1, schedule.steps + 1):
+    try:
+        yield most
+    finally:
+        over.set()
+        watching.join()
+
+
+@pytest.fixture
+def many(tokenizer, tmp_path):
+    """16 blocks of 500 rows, three of which may be on disk."""
+    rows = [{"prompt": f"{n}:", "chosen": "yes", "rejected": "no"} for n in range(8000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return opened([Source(str(tmp_path / "rows.jsonl"))], tokenizer, tmp_path / "data", rows_per_block=500, keep=3)
+
+
+def test_the_folder_never_holds_more_blocks_than_it_may(many, tokenizer):
+    schedule = scheduled(many, pairs_per_step=450, max_steps=20)
+    assert schedule.turns == 20
+    with measured(many) as most, feed_of(many, schedule, tokenizer) as (feed, _):
+        for step in range(1, 21):
             pairs, _ = feed.of_step(step)
-            time.sleep(0.01)
-        one = sum(path.stat().st_size for path in pairs.path.iterdir())
-    over.set()
-    watching.join()
-    blocks, sizes = map(max, zip(*most, strict=True))
-    assert schedule.turns == 24
-    assert blocks == 3
-    # And what else there is beside the files themselves.
-    assert sizes < 3 * one * 1.1 + 50_000
+            time.sleep(0.12)
+        one = (pairs.path / "pairs-00000.arrow").stat().st_size
+    assert most[0] == 3
+    assert 2.5 * one < most[1] < 3.5 * one
+
+
+def test_two_nodes_that_share_the_folder_share_its_blocks(many, tokenizer):
+    schedule = scheduled(many, pairs_per_step=450, epochs=1)
+    expected = []
+    with (
+        measured(many) as most,
+        feed_of(many, schedule, tokenizer) as (first, _),
+        feed_of(many, schedule, tokenizer) as (second, _),
+    ):
+        for step in range(1, 17):
+            # As collectives see to it, no node begins a step before the other has read what it needs of the last.
+            expected.append(first.of_step(step).pairs.manifest)
+            time.sleep(0.1)
+            assert second.of_step(step).pairs.manifest == expected[-1]
+    assert most[0] == 3
+    assert len({manifest.key for manifest in expected}) == 16
+
+
+def kill(supplier):
+    os.kill(supplier.pid, signal.SIGKILL)
+    time.sleep(0.2)
+
+
+def test_a_supplier_that_is_killed_is_replaced_and_goes_on(many, tokenizer, tmp_path):
+    schedule = scheduled(many, pairs_per_step=450, epochs=1)
+    by_hand = prepared_by_hand(replace(many, folder=tmp_path / "elsewhere"), schedule, tokenizer)
+    pids = set()
+    with feed_of(many, schedule, tokenizer) as (feed, supplier):
+        for step in range(1, 17):
+            found, expected = feed.of_step(step), by_hand.of_step(step)
+            assert found.pairs.manifest.shards == expected.pairs.manifest.shards
+            assert found.indices.tolist() == expected.indices.tolist()
+            pids.add(supplier.pid)
+            if step in (1, 5):
+                kill(supplier)
+                # Half a block and half a removal, which another kill may leave.
+                (many.blocks / ".block-000099").mkdir(exist_ok=True)
+                (many.blocks / f".{'0' * 32}").mkdir(exist_ok=True)
+    assert len(pids) == 3
+    assert not [path for path in many.blocks.glob(".*") if path.is_dir()]
+
+
+def test_a_supplier_that_is_killed_again_and_again_is_an_error(many, tokenizer):
+    schedule = scheduled(many, pairs_per_step=450)
+    with feed_of(many, schedule, tokenizer) as (_, supplier):
+        for _ in range(2):
+            kill(supplier)
+            supplier.needs(0)
+        kill(supplier)
+        with pytest.raises(RunError, match=r"prepares data ended 3 times \(the last time with code -9\)"):
+            supplier.needs(0)
+
+
+def test_a_run_that_goes_on_gets_the_blocks_that_were_removed_behind_it(sources, tokenizer, tmp_path):
+    stream = opened(sources, tokenizer, tmp_path / "data")
+    schedule = scheduled(stream)
+    with feed_of(stream, schedule, tokenizer) as (feed, _):
+        before = {step: rows_of(feed, step) for step in range(1, 9)}
+    gone = schedule.place(3).block
+    assert not stream.path(gone).exists()
+    # The last checkpoint was that of step 2.
+    with feed_of(stream, schedule, tokenizer, behind=2) as (feed, _):
+        assert {step: rows_of(feed, step) for step in range(3, 9)} == {step: before[step] for step in range(3, 9)}
+
+
+def test_a_block_with_too_many_bad_rows_is_named_where_the_run_comes_to_it(tokenizer, tmp_path, capfd):
+    rows = [*ROWS[:10], {**ROWS[10], "rejected": "yes"}, {**ROWS[11], "chosen": ""}, *ROWS[12:]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = opened([Source(str(tmp_path / "rows.jsonl"))], tokenizer, tmp_path / "data")
+    schedule = scheduled(stream, shuffle=False)
+    message = (
+        r"block 1 of data.streaming \(rows 11 to 20 of data.train\): 2 of 10 rows of .*rows.jsonl cannot be used: "
+        r".*empty response 1 \(first: .*row 12\).*raise data.max_dropped"
+    )
+    with feed_of(stream, schedule, tokenizer) as (feed, _):
+        assert len(feed.of_step(2).indices) == 4
+        with pytest.raises(UserError, match=message):
+            feed.of_step(3)
+    assert "warning: the run will end where it comes to this: block 1 of" in capfd.readouterr().err
+    # Mended in place; what was said of the block is not believed any more.
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    mended = opened([Source(str(tmp_path / "rows.jsonl"))], tokenizer, tmp_path / "data")
+    with feed_of(mended, schedule, tokenizer, behind=2) as (feed, _):
+        assert len(feed.of_step(3).indices) == 4
+
+
+def test_a_block_is_waited_for_with_patience_that_has_an_end(sources, tokenizer, tmp_path):
+    stream = opened(sources, tokenizer, tmp_path / "data")
+    feed = StreamFeed(stream, scheduled(stream), supplier=None, patience_s=0.3)
+    with pytest.raises(RunError, match=r"blocks/block-00000\d is not there after 0.3 s \(timeouts.data_s\)"):
+        feed.of_step(1)
+
+
+def test_the_key_follows_names_sizes_order_and_settings(sources, tokenizer, tmp_path):
+    def key(*args, **more):
+        return opened(*args, tokenizer, tmp_path / "data", **more).key
+
+    plain = key(sources)
+    (tmp_path / "moved").mkdir()
+    moved = [Source(str(shutil.copy(source.path, tmp_path / "moved"))) for source in sources]
+    assert key(moved) == key(sources, keep=5) == key(sources, processes=2) == plain
+    others = [
+        key(sources[::-1]),
+        key(sources[:1]),
+        key(sources, max_length=19),
+        key(sources, rows_per_block=11),
+        key(sources, max_dropped=0.2),
+        key([sources[0], Source(sources[1].path, columns={"chosen": "rejected", "rejected": "chosen"})]),
+    ]
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("\n")
+    others.append(key(sources))
+    assert len({plain, *others}) == 1 + len(others)
+
+
+def test_first_rows_without_a_usable_one_are_refused_before_training(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROWS[0], "chosen": ""}) + "\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows .* cannot be used: empty response 1"):
+        opened([Source(str(tmp_path / "rows.jsonl"))], tokenizer, tmp_path / "data")
