@@ -28,6 +28,7 @@ def test_a_killed_run_whose_data_stream_goes_on_to_the_bit(tiny_chat, tmp_path):
     start(folder, dying="step 8 1")
     assert checkpoints(folder) == ["step-00000004", "step-00000006"]
     finished = start(folder).expect_success()
+    assert not any("leaked" in said for said in finished.errors)
     assert "going on behind step 6 of 10" in finished.outputs[0]
     assert record(folder) == expected
     weights = [some / "out/export/model.safetensors" for some in (folder, calm)]

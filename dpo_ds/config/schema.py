@@ -203,7 +203,7 @@ class TimeoutsConfig:
     load_s: float = _key(3600.0, "reading the weights and building the engines")
     cache_s: float = _key(1800.0, "one micro-batch of scoring for the cache")
     train_s: float = _key(1800.0, "one micro-batch of training or evaluation")
-    data_s: float = _key(1500.0, "a shard of data.streaming that is not prepared yet")
+    data_s: float = _key(500.0, "a shard of data.streaming that is not prepared yet; ranks differ by 600 s at most")
     save_s: float = _key(3600.0, "one checkpoint, or the export")
 
 

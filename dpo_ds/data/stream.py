@@ -132,6 +132,11 @@ class Stream:
         max_dropped: float,
     ) -> PreparedPairs:
         found = rows_between(files, rows.start, rows.stop)
+        if sum(map(len, found.values())) < len(rows):
+            raise UserError(
+                f"the sources have lost rows since the run began, when they had {self.rows}; bring them back, or name "
+                "another output_dir and begin again"
+            )
         return prepare_rows(
             [*found.values()],
             tokenizer,

@@ -5,6 +5,7 @@ file system. Nodes may share the folder or have one each. It says nothing of oth
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.feed import StepPairs
@@ -23,6 +25,7 @@ from dpo_ds.data.tokenization import TokenizedPair, Tokenizer
 from dpo_ds.errors import RunError, UserError
 
 _POLL_S = 0.2
+_GRACE_S = 1.0
 _TOLD = 3  # exit code of a process that has said why it cannot go on
 _MOST_DEATHS = 3
 
@@ -80,10 +83,11 @@ class Supplier:
         self._start()
 
     def stop(self) -> None:
-        """Ends it at once: what it had whole is on disk, and the rest would be done again."""
+        """Ends it: what it had whole is on disk, and the rest would be done again."""
+        self._turns.close()
+        self._process.join(_GRACE_S)
         self._process.kill()
         self._process.join()
-        self._turns.close()
 
 
 def _supply(
@@ -91,6 +95,8 @@ def _supply(
 ) -> None:
     stand_behind_parent()
     stand_behind_parent()
+    # In place of one of the system's, which a killed process would leave behind.
+    tqdm.set_lock(threading.RLock())
     next_turn, files, waits_s = turn, None, 0.0
     while True:
         try:

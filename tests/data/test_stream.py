@@ -220,6 +220,17 @@ def test_a_block_with_too_many_bad_rows_is_named_where_the_run_comes_to_it(token
         assert len(feed.of_step(3).indices) == 4
 
 
+def test_rows_that_have_gone_meanwhile_are_missed(sources, tokenizer, tmp_path):
+    stream = opened(sources, tokenizer, tmp_path / "data")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[17:25]))
+    files, parts = stream.open_sources()
+    stream.prepare(1, range(10, 20), files, parts, tokenizer)
+    with pytest.raises(
+        UserError, match=r"block 2 .*: the sources have lost rows since the run began, when they had 43"
+    ):
+        stream.prepare(2, range(20, 30), files, parts, tokenizer)
+
+
 def test_a_block_is_waited_for_with_patience_that_has_an_end(sources, tokenizer, tmp_path):
     stream = opened(sources, tokenizer, tmp_path / "data")
     feed = StreamFeed(stream, scheduled(stream), supplier=None, patience_s=0.3)
