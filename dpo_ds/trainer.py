@@ -173,6 +173,7 @@ class Trainer:
                     train_seconds=self._progress.train_seconds + metrics["step_seconds"],
                     evaluation=None,
                 )
+                self._checkpoints.finish_if_written()
                 self._heed_watchdog(step, metrics)
                 if self._is_due(self._config.train.eval_every, step):
                     evaluation = self.evaluate(after_step=step)
@@ -181,6 +182,7 @@ class Trainer:
                     self.save()
         # The export comes next.
         self._world.enter("save")
+        self._checkpoints.finish()
         self._check_reference()
         return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
@@ -328,6 +330,7 @@ class Trainer:
             tqdm.write(f"warning: {finding}", file=sys.stderr)
 
     def _last_checkpoint(self) -> str:
+        self._checkpoints.finish()
         found, _ = complete_checkpoints(self._checkpoints.folder)
         return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
 
@@ -406,6 +409,7 @@ class Trainer:
             step, checkpoint = self._progress.step, None
             if step:
                 self.save()
+                self._checkpoints.finish()
                 checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
             raise Stopped(reason.name, step=step, checkpoint=checkpoint)
 

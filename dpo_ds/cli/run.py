@@ -25,6 +25,7 @@ from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
 from dpo_ds.errors import Stopped, UserError
+from dpo_ds.files import write_whole
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
@@ -115,6 +116,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        background=config.checkpoint.background,
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
@@ -163,11 +165,11 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
     )
     summary = _summary(trained, world)
     if world.rank == 0:
-        write_summary(folder, summary)
         from dpo_ds.report import plot_curves  # half a second that the other ranks need not spend
 
         plot_curves(folder / METRICS_FILE, folder / "curves.png")
-        # Last, since wandb may take its time.
+        write_summary(folder, summary)  # last: it says that the run is complete
+        # Behind all else, since wandb may take its time.
         tracker.finish(summary)
         print(f"exported to {inputs.export_folder}, curves in {folder / 'curves.png'}")
 
@@ -211,7 +213,7 @@ def _tracker(inputs: Inputs, world: World, start: Progress) -> Tracker:
         return Tracker()
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # What the workers get in their environment may be secret, and stays out of files.
-    (folder / "config.yaml").write_text(dump_yaml(replace(config, env={})))
+    write_whole(folder / "config.yaml", dump_yaml(replace(config, env={})).encode())
     shown = {section: values for section, values in asdict(config).items() if section != "env"}
     return open_tracker(
         folder,

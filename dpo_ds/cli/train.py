@@ -1,5 +1,6 @@
 """``launch/train.py``: from argv to a trained and exported model."""
 
+import errno
 import gc
 import os
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _GRACE_S = 30
 _HEAD_START_S = 2  # of the rank that speaks
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,12 +101,18 @@ def start(
             print(stopped, flush=True)
         sys.exit(STOPPED_CODE)
     except (UserError, RunError) as error:
-        if folder is not None and identity.rank == 0:
-            unmark(folder)  # a scheduler that started this run again would meet the same error
-        _leave(identity, error)
+        _leave(identity, error, folder)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or f"output_dir {run.config.output_dir}"
+        mended = "make room and make it writable; the same command goes on from the last checkpoint"
+        _leave(identity, UserError(f"{place} cannot be written ({error.strerror}); {mended}"), folder)
 
 
-def _leave(identity: Identity, error: UserError | RunError) -> NoReturn:
+def _leave(identity: Identity, error: UserError | RunError, folder: Path | None) -> NoReturn:
+    if folder is not None and identity.rank == 0:
+        unmark(folder)  # a scheduler that started this run again would meet the same error
     if not identity.speaks_for_node:
         # The rank that speaks meets the same error, and its exit makes the launcher end this one. To leave first would
         # make the launcher end that one instead, perhaps before it has spoken.

@@ -163,6 +163,10 @@ class CheckpointConfig:
     keep: int = _key(2, "how many of the newest are kept")
     keep_every: int | None = _key(None, "checkpoints of the steps that it divides are never removed")
     keep_best: str | None = _key(None, "an evaluation's mean, such as rewards/accuracies, whose best checkpoint stays")
+    background: bool = _key(
+        False,
+        "copy each rank's part in host memory (12 bytes a parameter, over all ranks) and write it meanwhile",
+    )
     resume: str = _key("auto", "auto: from the newest checkpoint in output_dir, if any | never | a checkpoint's PATH")
 
 

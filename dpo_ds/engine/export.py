@@ -23,11 +23,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine import initialize_reference
-from dpo_ds.engine.files import settled, sync_folder
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_from_files, shard_of, stored_buffers
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.files import settled, sync_folder
 from dpo_ds.models.attention import share_prompts
 
 MAX_SHARD_SIZE = "50GB"
