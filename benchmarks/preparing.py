@@ -37,8 +37,8 @@ def main() -> None:
     work: Path = args.cache / "preparing"
     work.mkdir(parents=True, exist_ok=True)
     texts = work / f"texts-{args.rows}.jsonl"
-    _write_rows(texts, args.rows, words=(120, 70, 80))
-    _write_tokenizer(work / "tokenizer", texts)
+    write_rows(texts, args.rows, words=(120, 70, 80))
+    write_tokenizer(work / "tokenizer", texts)
     cores = len(os.sched_getaffinity(0))
     speed: dict[str, list[dict[str, Any]]] = {}
     for number in range(args.rounds):
@@ -52,7 +52,7 @@ def main() -> None:
     for rows in (args.few, args.many):
         print(f"memory, {rows} rows ...", flush=True)
         short = work / f"short-{rows}.jsonl"
-        _write_rows(short, rows, words=(6, 5, 5))
+        write_rows(short, rows, words=(6, 5, 5))
         memory[rows] = _run("prepare", short, cores, work)
     report = {"rows": args.rows, "bytes": texts.stat().st_size, "cores": cores, "speed": speed, "memory": memory}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_rows(file: Path, rows: int, *, words: tuple[int, int, int]) -> None:
+def write_rows(file: Path, rows: int, *, words: tuple[int, int, int]) -> None:
     """Writes rows whose words are as frequent as a language's; lengths spread around ``words`` of each part."""
     random = np.random.RandomState(0)
     letters = np.array(list("etaoinshrdlcumwfgypbvk"))
@@ -101,7 +101,8 @@ def _write_rows(file: Path, rows: int, *, words: tuple[int, int, int]) -> None:
                 )
 
 
-def _write_tokenizer(folder: Path, texts: Path) -> None:
+def write_tokenizer(folder: Path, texts: Path) -> None:
+    """Trains a byte-level BPE on the first rows and saves it as Hugging Face tokenizers are."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

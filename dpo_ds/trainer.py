@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import NoReturn
 
@@ -15,14 +16,13 @@ from tqdm import tqdm
 
 from dpo_ds.config import RunConfig, source_names
 from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
+from dpo_ds.data.feed import Feed
 from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import (
     PackedRows,
     PaddedRows,
-    Part,
     Plan,
     Rows,
-    Schedule,
     plan_evaluation,
     plan_training,
     regroup,
@@ -52,24 +52,6 @@ class Trained:
     train_seconds: float
 
 
-def schedule_of(config: RunConfig, train: PreparedPairs) -> Schedule:
-    """Returns the order of a run's steps.
-
-    Args:
-        config: the run file.
-        train: pairs to train on, of the sources that it lists.
-    """
-    weights = (source.weight for source in config.data.train)
-    return Schedule.of_run(
-        parts=map(Part, train.pairs_of_parts, weights),
-        pairs_per_step=config.train.pairs_per_step,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
-
-
 class Trainer:
     """Trains the policy on a schedule. Every method is collective: what runs next is the same on every rank."""
 
@@ -78,7 +60,7 @@ class Trainer:
         engines: Engines,
         config: RunConfig,
         *,
-        train: PreparedPairs,
+        train: Feed,
         evaluation: PreparedPairs | None,
         world: World,
         tracker: Tracker,
@@ -93,7 +75,7 @@ class Trainer:
         Args:
             engines: the policy's and, unless the loss is reference-free, the reference's.
             config: the resolved run file.
-            train: pairs to train on.
+            train: pairs to train on, step by step.
             evaluation: held-out pairs, or None.
             world: the ranks.
             tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
@@ -117,9 +99,9 @@ class Trainer:
         self._cached = cached
         self._watchdog = self._watch() if engines.reference or cached else None
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
-        self._train_costs = self._costs(train)
-        self._train_rows = self._rows(train)
-        self.schedule = schedule_of(config, train)
+        # One, lest pairs that the feed has done with stay mapped.
+        self._costs = lru_cache(maxsize=1)(self._costs_of)
+        self._rows = lru_cache(maxsize=1)(self._rows_of)
 
     @torch.no_grad()
     def pass_the_gate(self, *, same_source: bool) -> bool:
@@ -163,7 +145,7 @@ class Trainer:
             RunError: a loss or a gradient is not finite, or the reference has moved.
             Stopped: the ranks were asked to stop; the run is saved as it was after its last whole step.
         """
-        steps, settings = self.schedule.steps, self._config.checkpoint
+        steps, settings = self._train.steps, self._config.checkpoint
         self._progress = start
         self._world.enter("train")
         if start.probe is not None:
@@ -173,7 +155,7 @@ class Trainer:
         elif start.evaluation is None and self._is_due(self._config.train.eval_every, start.step):
             # Stopped in the middle of it.
             self._progress = replace(start, evaluation=self.evaluate(after_step=start.step) or None)
-        total, done = (replace(self.schedule, steps=number).total_pairs for number in (steps, start.step))
+        total, done = self._train.pairs_until(steps), self._train.pairs_until(start.step)
         with tqdm(total=total, initial=done, unit="pair", disable=self._world.rank != 0) as bar:
             for step in range(start.step + 1, steps + 1):
                 metrics = self.train(step)
@@ -234,13 +216,13 @@ class Trainer:
         """
         settings = self._config.train
         clock = Stopwatch(self._world.synchronize)
-        indices = self.schedule.pairs_of_step(step)
+        among, indices = self._train.of_step(step)
         pairs = len(indices)
-        plan = self._plan(step)
-        batches = list(self._batches(self._train, plan))
+        plan = self._plan(among, indices)
+        batches = list(self._batches(among, plan))
         clock.lap("seconds/batches")
         # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
-        references = self._step_reference_logps(plan, batches)
+        references = self._step_reference_logps(among, plan, batches)
         clock.lap("seconds/reference")
         tally = Tally(self._world.device)
         losses = []
@@ -258,10 +240,10 @@ class Trainer:
         means, sums = tally.means(packed), tally.sums(packed)
         clock.lap("seconds/wait")
         if not math.isfinite(means["loss"]):
-            self._stop_at_loss(step, plan, losses)
+            self._stop_at_loss(step, among, plan, losses)
         rate = learning_rate(
             step,
-            steps=self.schedule.steps,
+            steps=self._train.steps,
             peak=settings.learning_rate,
             schedule=settings.schedule,
             warmup_ratio=settings.warmup_ratio,
@@ -269,7 +251,7 @@ class Trainer:
         grad_norm = self._engines.policy.step(learning_rate=rate)
         if not math.isfinite(grad_norm):
             # DeepSpeed knows it from the norm that it clips by, and leaves the weights alone.
-            self._stop_at(step, "the gradient's norm is not finite, with a finite loss,", indices)
+            self._stop_at(step, among, "the gradient's norm is not finite, with a finite loss,", indices)
         clock.lap("seconds/update")
         seconds = clock.total()
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
@@ -280,7 +262,7 @@ class Trainer:
             "fill_rate": sums["work/filled"] / sums["work/positions"],
             "step_seconds": seconds,
             "tokens_per_second": sums["work/tokens"] / seconds,
-            "mfu": self._train_costs[indices].sum() / (seconds * self._matmul_flops),
+            "mfu": self._costs(among)[indices].sum() / (seconds * self._matmul_flops),
             **{name: clock.laps[name] for name in ("seconds/batches", "seconds/wait", "seconds/update")},
         }
 
@@ -323,7 +305,7 @@ class Trainer:
         return {number: name for number, name in enumerate(names) if len(names) > 1 and counts[number]}
 
     def _is_due(self, every: int | None, step: int) -> bool:
-        return step == self.schedule.steps or (every is not None and step % every == 0)
+        return step == self._train.steps or (every is not None and step % every == 0)
 
     def _check_reference(self) -> None:
         if self._engines.reference is not None:
@@ -354,7 +336,7 @@ class Trainer:
 
     def _probe(self) -> PairBatch:
         lay_out = packed_batch if self._packed else padded_batch
-        return lay_out([self._train.pair(0)]).to(self._world.device)
+        return lay_out([self._train.probe]).to(self._world.device)
 
     def _check_best(self, evaluation: dict[str, float]) -> None:
         name = self._config.checkpoint.keep_best
@@ -364,7 +346,8 @@ class Trainer:
     def _scored_by_equal_weights(self) -> list[tuple[PairBatch, Tensor]]:
         """Returns this rank's micro-batches of the gate and the reference's log-probs, which the policy has, too."""
         if self._cached is None:
-            scored = list(islice(self._scored(self._train, self._plan(1)), GATE_BATCHES))
+            among, indices = self._train.of_step(1)
+            scored = list(islice(self._scored(among, self._plan(among, indices)), GATE_BATCHES))
             check_equal_scores(self._engines, [batch for batch, _ in scored], world=self._world)
             return scored
         policy = self._engines.policy
@@ -372,19 +355,19 @@ class Trainer:
         seed = self._config.train.seed
         return check_cached_scores(policy.score, self._cached, seed=seed, dtype=policy.dtype, world=self._world)
 
-    def _plan(self, step: int) -> Plan:
+    def _plan(self, among: PreparedPairs, indices: NDArray[np.int64]) -> Plan:
         return plan_training(
-            self.schedule.pairs_of_step(step),
-            rows=self._train_rows,
+            indices,
+            rows=self._rows(among),
             ranks=self._world.size,
             tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
         )
 
-    def _costs(self, pairs: PreparedPairs) -> NDArray[np.float64]:
+    def _costs_of(self, pairs: PreparedPairs) -> NDArray[np.float64]:
         lengths = pairs.lengths
         return self._cost.flops(tokens=lengths.tokens, scored=lengths.scored, attended=lengths.attended)
 
-    def _rows(self, pairs: PreparedPairs) -> Rows:
+    def _rows_of(self, pairs: PreparedPairs) -> Rows:
         if self._packed:
             return PackedRows(pairs.lengths.tokens, self._costs(pairs))
         return PaddedRows(pairs.lengths.longer)
@@ -395,15 +378,15 @@ class Trainer:
             batch = lay_out([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
             yield batch.to(self._world.device)
 
-    def _step_reference_logps(self, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
+    def _step_reference_logps(self, among: PreparedPairs, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
         budget = self._config.reference.tokens_per_micro_batch
         if budget is None or self._engines.reference is None:
             mine = zip(plan[self._world.rank], batches, strict=True)
-            return [self._reference_logps(self._train, micro_batch.pairs, batch) for micro_batch, batch in mine]
-        larger = regroup(plan, rows=self._train_rows, tokens_per_micro_batch=budget)
+            return [self._reference_logps(among, micro_batch.pairs, batch) for micro_batch, batch in mine]
+        larger = regroup(plan, rows=self._rows(among), tokens_per_micro_batch=budget)
         logps = {
             pair: scores
-            for micro_batch, batch in zip(larger[self._world.rank], self._batches(self._train, larger), strict=True)
+            for micro_batch, batch in zip(larger[self._world.rank], self._batches(among, larger), strict=True)
             for pair, scores in zip(micro_batch.pairs, self._engines.reference.score(batch).T, strict=True)
         }
         return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._world.rank]]
@@ -444,7 +427,7 @@ class Trainer:
         )
         return loss, logps
 
-    def _stop_at_loss(self, step: int, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
+    def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
         mine = [
             pair
             for micro_batch, values in zip(plan[self._world.rank], losses, strict=True)
@@ -452,11 +435,13 @@ class Trainer:
             if micro_batch.weight and not math.isfinite(value)
         ]
         bad = sorted(pair for pairs in self._world.gather(mine) for pair in pairs)
-        self._stop_at(step, "the loss is not finite", bad)
+        self._stop_at(step, among, "the loss is not finite", bad)
 
-    def _stop_at(self, step: int, what: str, pairs: Sequence[int] | NDArray[np.int64]) -> NoReturn:
+    def _stop_at(
+        self, step: int, among: PreparedPairs, what: str, pairs: Sequence[int] | NDArray[np.int64]
+    ) -> NoReturn:
         """Ends the run before anything that is not finite reaches weights or a checkpoint."""
-        named = ", ".join([*(self._train.where(int(pair)) for pair in pairs[:8]), *["..."] * (len(pairs) > 8)])
+        named = ", ".join([*(among.where(int(pair)) for pair in pairs[:8]), *["..."] * (len(pairs) > 8)])
         raise RunError(
             f"step {step}: {what} for {len(pairs)} pairs ({named}); the weights are those before the step, "
             f"{self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"

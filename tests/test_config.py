@@ -11,6 +11,7 @@ import yaml
 from dpo_ds.config import (
     DataSource,
     Run,
+    StreamingConfig,
     TrainConfig,
     check,
     dump_yaml,
@@ -350,3 +351,35 @@ def test_print_config_prints_a_run_file_even_without_one(parse, tmp_path):
 def test_parsing_imports_no_torch():
     code = "import sys, dpo_ds.config; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     assert run_python(code).returncode == 0
+
+
+STREAMED = SMALLEST.replace("pairs.jsonl", "pairs.jsonl, streaming: {rows_per_shard: 100}").replace(
+    "data:", "train: {tokens_per_micro_batch: 2048}\ndata:"
+)
+
+
+def test_streaming_is_read_and_written_back(parse, tmp_path):
+    config = parse(STREAMED).config
+    assert config.data.streaming == StreamingConfig(rows_per_shard=100, keep=3)
+    (tmp_path / "again.yaml").write_text(dump_yaml(config))
+    assert parse_run(["--config", str(tmp_path / "again.yaml")]).config == config
+    assert parse(STREAMED, "--data.streaming", "{rows_per_shard: 7, keep: 2}").config.data.streaming.keep == 2
+    assert parse(STREAMED, "--data.streaming", "null").config.data.streaming is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data.streaming", "true"], r"data.streaming must be \{rows_per_shard, keep\} with at least rows_per_shard"),
+        (["--data.streaming", "{keep: 2}"], r"with at least rows_per_shard, or null, got \{'keep': 2\}"),
+        (["--data.streaming", "{rows_per_shard: 1e3}"], "data.streaming.rows_per_shard must be a whole number"),
+        (["--data.streaming", "{rows_per_shard: 9, keep: 1}"], r"rows_per_shard >= 1, keep >= 2, got \{.*'keep': 1\}"),
+        (["--reference.mode", "cache"], "reference.mode must be engine or none while data.streaming is set, since"),
+        (["--data.train", "[{path: a, weight: 2}]"], "data.train must be sources of weight 1 while data.streaming is"),
+        (["--data.max_length", "1025"], "train.tokens_per_micro_batch must be >= 2050, twice data.max_length"),
+        (["--timeouts.data_s", "1800"], "timeouts.data_s must be < timeouts.train_s, got 1800"),
+    ],
+)
+def test_what_does_not_go_with_streaming_is_refused(parse, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(STREAMED, *argv)

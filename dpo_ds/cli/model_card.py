@@ -31,7 +31,6 @@ def model_card(inputs: Inputs, *, step: int, tokens: int, evaluation: Mapping[st
     config = inputs.config
     policy = shown_source(inputs.policy)
     reference = "none" if inputs.reference is None else shown_source(inputs.reference)
-    pairs = open_prepared(inputs.train)
     held_out = open_prepared(inputs.evaluation) if inputs.evaluation else None
     data = ModelCardData(
         library_name="transformers",
@@ -49,7 +48,7 @@ def model_card(inputs: Inputs, *, step: int, tokens: int, evaluation: Mapping[st
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo_ds on DeepSpeed ZeRO-3.",
         "",
         f"* reference: `{reference}`",
-        f"* pairs: {len(pairs)} of {_named(config.data.train)}, key `{pairs.manifest.key}`",
+        f"* pairs: {_trained_on(inputs)}",
         *([f"* held out: {len(held_out)} of {_named(config.data.eval or ())}"] if held_out is not None else []),
         f"* tokens trained on: {tokens}",
         "",
@@ -103,6 +102,14 @@ def _is_on_hub(name: str) -> bool:
 
 def _named(sources: tuple[DataSource, ...]) -> str:
     return ", ".join(f"`{shown_source(source.path)}`" for source in sources)
+
+
+def _trained_on(inputs: Inputs) -> str:
+    named = _named(inputs.config.data.train)
+    if inputs.stream is not None:
+        return f"streamed from {inputs.stream.rows} rows of {named}, key `{inputs.stream.key}`"
+    pairs = open_prepared(inputs.train)
+    return f"{len(pairs)} of {named}, key `{pairs.manifest.key}`"
 
 
 def _figures(evaluation: Mapping[str, Any] | None, step: int) -> list[str]:

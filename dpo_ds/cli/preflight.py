@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_ds.cli.schedules import block_schedule_of, schedule_of
 from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
-from dpo_ds.data.prepare import PreparedPairs, Source, prepare
+from dpo_ds.data.blocks import BlockSchedule
+from dpo_ds.data.prepare import PreparedPairs, Source, open_prepared, prepare
 from dpo_ds.data.schedule import Schedule
+from dpo_ds.data.stream import Stream, open_stream
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.checkpoint import (
     BYTES_PER_PARAMETER,
@@ -35,7 +38,6 @@ from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabul
 from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
-from dpo_ds.trainer import schedule_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,7 +53,8 @@ class Inputs:
         tokenizer: folder, file or hub id.
         policy_config: the policy's resolved DeepSpeed config.
         reference_config: that of engines without an optimizer: the reference's, if there is one, and the export's.
-        train: folder of the prepared training pairs.
+        train: folder of the prepared training pairs; where they stream, of those of the first rows.
+        stream: what is trained on where it does not fit a disk, else None.
         evaluation: folder of the prepared held-out pairs, or None.
         cache: folder of cached log-probs, None where none are kept.
         origin: what must be the same where a checkpoint of this run goes on, by the run file's keys.
@@ -68,6 +71,7 @@ class Inputs:
     policy_config: dict[str, Any]
     reference_config: dict[str, Any]
     train: Path
+    stream: Stream | None
     evaluation: Path | None
     cache: Path | None
     origin: dict[str, Any]
@@ -238,22 +242,12 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
     _check_models(config, policy, reference, tokenizer)
     _check_room(config, folder)
 
-    def prepared(sources: Sequence[DataSource]) -> PreparedPairs:
-        return prepare(
-            [Source(source.path, source.split or "train", source.columns) for source in sources],
-            tokenizer,
-            max_length=config.data.max_length,
-            truncation=config.data.truncation,
-            scored=config.data.scored,
-            max_dropped=config.data.max_dropped,
-            folder=folder / "data",
-            processes=config.data.processes,
-        )
-
-    train = prepared(config.data.train)
-    evaluation = prepared(config.data.eval) if config.data.eval else None
-    _check_sizes(config, train, evaluation)
-    origin = _origin(config, train, evaluation)
+    stream = _stream(config, tokenizer, folder / "data") if config.data.streaming else None
+    train = open_prepared(stream.sample) if stream else _prepared(config, config.data.train, tokenizer, folder / "data")
+    evaluation = _prepared(config, config.data.eval, tokenizer, folder / "data") if config.data.eval else None
+    schedule = block_schedule_of(config, stream) if stream else schedule_of(config, train)
+    _check_sizes(config, schedule, train, evaluation)
+    origin = _origin(config, train.manifest.key if stream is None else stream.key, evaluation)
     if checkpoints:
         check_origin(checkpoints[0], read_saved(checkpoints[0]).origin, origin, allowed=run.allow_changed)
     return Inputs(
@@ -264,14 +258,49 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
         policy_config=policy_config,
         reference_config=reference_config,
         train=train.path,
+        stream=stream,
         evaluation=evaluation.path if evaluation else None,
         cache=cache,
         origin=origin,
         checkpoints=checkpoints,
         allow_changed=run.allow_changed,
         commits=commits,
-        plan=_plan(config, policy, reference, train, evaluation, ranks, cache, checkpoints),
+        plan=_plan(config, policy, reference, schedule, train, evaluation, ranks, cache, checkpoints),
     )
+
+
+def _prepared(config: RunConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, folder: Path) -> PreparedPairs:
+    return prepare(
+        _data_sources(sources),
+        tokenizer,
+        max_length=config.data.max_length,
+        truncation=config.data.truncation,
+        scored=config.data.scored,
+        max_dropped=config.data.max_dropped,
+        folder=folder,
+        processes=config.data.processes,
+    )
+
+
+def _stream(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> Stream:
+    assert config.data.streaming is not None
+    return open_stream(
+        _data_sources(config.data.train),
+        tokenizer,
+        max_length=config.data.max_length,
+        truncation=config.data.truncation,
+        scored=config.data.scored,
+        max_dropped=config.data.max_dropped,
+        rows_per_block=config.data.streaming.rows_per_shard,
+        keep=config.data.streaming.keep,
+        # Ranks need the other cores while it works.
+        processes=config.data.processes or 1,
+        folder=folder,
+    )
+
+
+def _data_sources(sources: Sequence[DataSource]) -> list[Source]:
+    return [Source(source.path, source.split or "train", source.columns) for source in sources]
 
 
 def _check_loss(config: RunConfig) -> None:
@@ -308,17 +337,20 @@ def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
 
 
 _CHANGEABLE = {
-    *("data.train", "data.eval", "data.max_dropped", "data.processes"),
+    *("data.train", "data.eval", "data.max_dropped", "data.processes", "data.streaming"),
     *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch", "train.eval_every"),
 }
 
 
-def _origin(config: RunConfig, train: PreparedPairs, evaluation: PreparedPairs | None) -> dict[str, Any]:
+def _origin(config: RunConfig, train: str, evaluation: PreparedPairs | None) -> dict[str, Any]:
     """Returns all that decides what a step computes, but for rounding and the models' weights."""
     sections = ("data.", "loss.", "train.", "model.dtype")
     values = {key: value for key, value in flat(config).items() if key.startswith(sections) and key not in _CHANGEABLE}
+    if streaming := config.data.streaming:
+        # How many steps a block serves.
+        values |= {"data.streaming": streaming.rows_per_shard, "data.max_dropped": config.data.max_dropped}
     # What the pairs are, wherever they lie.
-    values["data.train"] = [train.manifest.key, *(source.weight for source in config.data.train)]
+    values["data.train"] = [train, *(source.weight for source in config.data.train)]
     values["data.eval"] = evaluation and evaluation.manifest.key
     values["reference.mode"] = "none" if config.reference.mode == "none" else "engine or cache"
     return values
@@ -439,9 +471,12 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
             )
 
 
-def _check_sizes(config: RunConfig, train: PreparedPairs, evaluation: PreparedPairs | None) -> None:
-    wanted, usable = config.train.pairs_per_step, schedule_of(config, train).pairs
-    if usable < wanted:
+def _check_sizes(
+    config: RunConfig, schedule: Schedule | BlockSchedule, train: PreparedPairs, evaluation: PreparedPairs | None
+) -> None:
+    wanted = config.train.pairs_per_step
+    if isinstance(schedule, Schedule) and schedule.pairs < wanted:
+        usable = schedule.pairs
         weighted = " an epoch by its weights" * (usable != len(train))
         raise UserError(
             f"train.pairs_per_step is {wanted}, but data.train has only {usable} usable pairs{weighted}; "
@@ -464,24 +499,26 @@ def _plan(
     config: RunConfig,
     policy: str,
     reference: str | None,
+    schedule: Schedule | BlockSchedule,
     train: PreparedPairs,
     evaluation: PreparedPairs | None,
     ranks: int,
     cache: Path | None,
     checkpoints: Sequence[Path],
 ) -> str:
-    settings, schedule = config.train, schedule_of(config, train)
-    lengths = train.lengths
+    settings, lengths = config.train, train.lengths
     rows = {
         "policy": f"{policy} in {config.model.dtype}",
         "reference": f"{reference}, {f'scored once into {cache}' if cache else 'live and frozen'}"
         if reference
         else "none",
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
-        "pairs": f"{_usable(train)} to train on" + (f", {_usable(evaluation)} held out" if evaluation else ""),
+        "pairs": f"{_trained_on(schedule, train)} to train on"
+        + (f", {_usable(evaluation)} held out" if evaluation else ""),
         **_mixture(config, schedule),
         "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "
-        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {lengths.tokens.max()}",
+        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {lengths.tokens.max()}"
+        + (f" (of the first {len(train)} pairs)" if isinstance(schedule, BlockSchedule) else ""),
         "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
         f"learning rate {settings.learning_rate:g} ({settings.schedule})",
         "output": config.output_dir,
@@ -489,11 +526,20 @@ def _plan(
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
-def _mixture(config: RunConfig, schedule: Schedule) -> dict[str, str]:
+def _mixture(config: RunConfig, schedule: Schedule | BlockSchedule) -> dict[str, str]:
+    if isinstance(schedule, BlockSchedule):
+        return {}
     parts = zip(source_names(config.data.train), schedule.parts, strict=True)
     if all(part.weight == 1 for part in schedule.parts):
         return {}
     return {"an epoch": ", ".join(f"{part.taken} of {name} ({part.pairs} x {part.weight:g})" for name, part in parts)}
+
+
+def _trained_on(schedule: Schedule | BlockSchedule, train: PreparedPairs) -> str:
+    if isinstance(schedule, Schedule):
+        return _usable(train)
+    an_epoch = schedule.steps_per_epoch * schedule.pairs_per_step
+    return f"{an_epoch} an epoch of {schedule.rows} rows, {schedule.rows_per_block} at a time,"
 
 
 def _usable(pairs: PreparedPairs) -> str:

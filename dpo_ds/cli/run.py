@@ -5,11 +5,13 @@ import socket
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
+from dpo_ds.cli.feed import open_feed
 from dpo_ds.cli.model_card import last_evaluation
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.publish import export_policy, push_to_hub
@@ -56,7 +58,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
     folder = Path(inputs.config.output_dir)
     lock = _occupied(folder, world)
     with stoppable(request, world=world, folder=folder) as agreement:
-        _train(inputs, agreement, world)
+        _train(inputs, agreement, world, supplies=identity.speaks_for_node)
     if world.rank == 0:
         # In this order: who waits for it must not come to hold a file without a name.
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -83,7 +85,7 @@ def _introduce(world: World) -> None:
         print(f"warning: the clock of {ahead} is {late - early:.0f} s ahead of that of {behind}", flush=True)
 
 
-def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
+def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool) -> None:
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # First, so that its weights are gone before the policy's come.
     cached = cached_reference(inputs, world=world, agreement=agreement) if config.reference.mode == "cache" else None
@@ -101,9 +103,9 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
     )
-    pairs = _same_pairs(inputs.train, world)
-    check_heads(engines, pairs.pair(0), world=world)
-    packed = choose_layout(engines, pairs.pair(0), layout=inputs.layout, world=world)
+    pair = _same_pairs(inputs.train, world).pair(0)
+    check_heads(engines, pair, world=world)
+    packed = choose_layout(engines, pair, layout=inputs.layout, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, inputs.dtype), device=world.device)))
     checkpoints = Checkpoints(
         folder / CHECKPOINTS_FOLDER,
@@ -124,30 +126,32 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         # Only now: how rows are laid out was decided with the weights that the run began with.
         start = checkpoints.restore(inputs.checkpoints, allowed=inputs.allow_changed)
     tracker = _tracker(inputs, world, start)
-    trainer = Trainer(
-        engines,
-        config,
-        train=pairs,
-        evaluation=_same_pairs(inputs.evaluation, world) if inputs.evaluation else None,
-        world=world,
-        tracker=tracker,
-        checkpoints=checkpoints,
-        matmul_flops=speed,
-        packed=packed,
-        cached=cached,
-        agreement=agreement,
-    )
-    try:
-        if start.step:
-            if world.rank == 0:
-                print(f"going on behind step {start.step} of {trainer.schedule.steps}", flush=True)
-        elif trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
-            print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
-        trained = trainer.run(start)
-    except Stopped as stopped:
-        # Here, so that the other ranks wait for what wandb takes.
-        tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
-        raise
+    opened = partial(_same_pairs, world=world)
+    with open_feed(inputs, behind=start.step, supplies=supplies, opened=opened) as feed:
+        trainer = Trainer(
+            engines,
+            config,
+            train=feed,
+            evaluation=opened(inputs.evaluation) if inputs.evaluation else None,
+            world=world,
+            tracker=tracker,
+            checkpoints=checkpoints,
+            matmul_flops=speed,
+            packed=packed,
+            cached=cached,
+            agreement=agreement,
+        )
+        try:
+            if start.step:
+                if world.rank == 0:
+                    print(f"going on behind step {start.step} of {feed.steps}", flush=True)
+            elif trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
+                print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
+            trained = trainer.run(start)
+        except Stopped as stopped:
+            # Here, so that the other ranks wait for what wandb takes.
+            tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
+            raise
     if engines.reference is not None:
         engines.reference.free()  # the export is loaded again in its place
     export_policy(

@@ -17,12 +17,13 @@ from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
 
 from dpo_ds.config.paths import resolve_path
-from dpo_ds.config.schema import DataSource, RunConfig, check, entries, flat, shown
-from dpo_ds.config.sources import read_sources
+from dpo_ds.config.schema import DataSource, RunConfig, StreamingConfig, check, entries, flat, shown
+from dpo_ds.config.sources import read_sources, read_streaming
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.signals import parse_duration
 
 _SOURCES = ("data.train", "data.eval")
+_READERS = {**dict.fromkeys(_SOURCES, read_sources), "data.streaming": read_streaming}
 _ALLOW_CHANGED = "allow_changed"
 _FLAGS = {
     "dry_run": "check everything, print the plan and exit without training",
@@ -149,7 +150,7 @@ def _parser() -> ArgumentParser:
     # For --help: it is read before the parser, which knows no option that may come several times.
     parser.add_argument(f"--{_ALLOW_CHANGED}", metavar="KEY", help="go on from a checkpoint that had another KEY")
     for key, leaf in _leaves().items():
-        hint = Any if key in _SOURCES else dict[str, str | int | float] if key == "env" else leaf.hint
+        hint = Any if key in _READERS else dict[str, str | int | float] if key == "env" else leaf.hint
         parser.add_argument(f"--{key}", type=hint, default=leaf.default, help=leaf.text)
     return parser
 
@@ -278,8 +279,8 @@ def _build(values: Mapping[str, Any], *, given: Container[str]) -> RunConfig:
                 raise _mistyped(key, None)
             raise UserError(f"{key} is required: {leaf.text}")
     built = dict(values)
-    for key in _SOURCES:
-        built[key] = None if values[key] is None else read_sources(values[key], key=key)
+    for key, read in _READERS.items():
+        built[key] = None if values[key] is None else read(values[key], key=key)
     built["env"] = {name: str(value) for name, value in values["env"].items()}
     tree, hints = _nested(built), get_type_hints(RunConfig)
     return RunConfig(
@@ -295,4 +296,6 @@ def _yaml(values: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and all(isinstance(source, DataSource) for source in value):
         return value[0].path if value == (DataSource(value[0].path),) else [asdict(source) for source in value]
+    if isinstance(value, StreamingConfig):
+        return asdict(value)
     return list(value) if isinstance(value, tuple) else value

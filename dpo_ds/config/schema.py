@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -54,6 +54,19 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class StreamingConfig:
+    """How pairs that do not fit a disk are prepared while others are trained on.
+
+    Attributes:
+        rows_per_shard: rows that are prepared together.
+        keep: how many such shards may be on disk.
+    """
+
+    rows_per_shard: int
+    keep: int = 3
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The preference pairs. In the run file ``train`` and ``eval`` may also be one path or hub id."""
 
@@ -73,6 +86,10 @@ class DataConfig:
     shuffle: bool = _key(True, "false keeps the file's order")
     processes: int | None = _key(
         None, "how many tokenize; null: one on each core, 16 at most, where there is much to do"
+    )
+    streaming: StreamingConfig | None = field(
+        default=None,
+        metadata={"help": "{rows_per_shard, keep}: prepare so many rows at a time, ahead of training; null: all"},
     )
 
 
@@ -190,6 +207,7 @@ class TimeoutsConfig:
     load_s: float = _key(3600.0, "reading the weights and building the engines")
     cache_s: float = _key(1800.0, "one micro-batch of scoring for the cache")
     train_s: float = _key(1800.0, "one micro-batch of training or evaluation")
+    data_s: float = _key(500.0, "a shard of data.streaming that is not prepared yet; ranks differ by 600 s at most")
     save_s: float = _key(3600.0, "one checkpoint, or the export")
 
 
@@ -233,6 +251,7 @@ def shown(value: object) -> str:
     """Returns a value as a run file would write it, short enough for one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    value = asdict(value) if isinstance(value, StreamingConfig) else value
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -281,6 +300,7 @@ def check(config: RunConfig) -> None:
             all(source.weight == 1 for source in data.eval or ()),
             "sources of weight 1, since an evaluation scores every pair once",
         ),
+        *_streaming_rules(config),
         ("data.processes", data.processes is None or data.processes >= 1, ">= 1 or null"),
         ("train.epochs", train.epochs >= 1, ">= 1"),
         ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
@@ -326,6 +346,32 @@ def check(config: RunConfig) -> None:
     for key, holds, expectation in rules:
         if not holds:
             raise UserError(f"{key} must be {expectation}, got {shown(values[key])}")
+
+
+def _streaming_rules(config: RunConfig) -> tuple[tuple[str, bool, str], ...]:
+    data, streaming = config.data, config.data.streaming
+    if streaming is None:
+        return ()
+    return (
+        ("data.streaming", streaming.rows_per_shard >= 1 and streaming.keep >= 2, "of rows_per_shard >= 1, keep >= 2"),
+        (
+            "data.train",
+            all(source.weight == 1 for source in data.train),
+            "sources of weight 1 while data.streaming is set, since what a source has is not known before its turn",
+        ),
+        (
+            "reference.mode",
+            config.reference.mode != "cache",
+            "engine or none while data.streaming is set, since a cache is filled before training, of all pairs",
+        ),
+        (
+            "train.tokens_per_micro_batch",
+            config.train.tokens_per_micro_batch >= 2 * data.max_length,
+            f">= {2 * data.max_length}, twice data.max_length, while data.streaming is set, since the longest pair is "
+            "not known",
+        ),
+        ("timeouts.data_s", config.timeouts.data_s < config.timeouts.train_s, "< timeouts.train_s"),
+    )
 
 
 def _divides(steps: int | None, others: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""``data.train`` and ``data.eval``: a path, a hub id, or a list of sources. No data is looked at."""
+"""``data.train`` and ``data.eval``: a path, hub id, or a list of sources; ``data.streaming``. No data is looked at."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dpo_ds.config.schema import DataSource, shown
+from dpo_ds.config.schema import DataSource, StreamingConfig, shown
 from dpo_ds.errors import UserError
 
 _EXPECTATIONS = {
@@ -40,6 +40,27 @@ def read_sources(value: object, *, key: str) -> tuple[DataSource, ...]:
                 f"{key}[{place}] is called {name} in the metrics, as {key}[{names.index(name)}] is; give one a name"
             )
     return found
+
+
+def read_streaming(value: object, *, key: str) -> StreamingConfig:
+    """Returns what a run file's value says of streaming.
+
+    Args:
+        value: ``{rows_per_shard, keep}``, the second of which may be left out.
+        key: the run file's key, for messages.
+
+    Raises:
+        UserError: the value is something else.
+    """
+    names = ("rows_per_shard", "keep")
+    if not isinstance(value, dict) or "rows_per_shard" not in value or not set(value) <= {*names}:
+        raise UserError(
+            f"{key} must be {{{', '.join(names)}}} with at least rows_per_shard, or null, got {shown(value)}"
+        )
+    for name, part in value.items():
+        if not isinstance(part, int) or isinstance(part, bool):
+            raise UserError(f"{key}.{name} must be a whole number, got {shown(part)}")
+    return StreamingConfig(**value)
 
 
 def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dpo_ds.data.preferences import Columns, DropReason, Preference, Scored, read_preferences
 from dpo_ds.data.preferences import Source as Source
 from dpo_ds.data.processes import map_in_order
-from dpo_ds.data.rows import Row, Rows, load_rows
+from dpo_ds.data.rows import Row, Rows, load_rows, rows_between
 from dpo_ds.data.schedule import Lengths
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
 from dpo_ds.errors import UserError
@@ -274,7 +274,7 @@ def tokenize(
     """
     work = _row_tokenizer(files, tokenizer, max_length, truncation, scored)
     with _progress_bar(files) as bar:
-        for row in _numbered(files):
+        for row in _numbered(dict(enumerate(files))):
             yield from work.outcomes(row)
             bar.update()
 
@@ -286,11 +286,11 @@ def _row_tokenizer(
     return RowTokenizer(paths, tokenizer, max_length, truncation, scored)
 
 
-def _numbered(files: Sequence[Rows]) -> Iterator[NumberedRow]:
-    return (NumberedRow(source, number, row) for source, rows in enumerate(files) for number, row in rows)
+def _numbered(files: Mapping[int, Rows]) -> Iterator[NumberedRow]:
+    return (NumberedRow(source, number, row) for source, rows in files.items() for number, row in rows)
 
 
-def _progress_bar(files: Sequence[Rows], *, begun: int = 0) -> "tqdm[NoReturn]":
+def _progress_bar(files: Sequence[Rows], *, begun: int = 0, is_shown: bool = True) -> "tqdm[NoReturn]":
     # A terminal sees at once that something goes on; a job's log gets a line where that takes long, and few of them.
     waits_s, every_s = (0.1, 0.1) if sys.stderr.isatty() else (10, 30)
     return tqdm(
@@ -300,6 +300,7 @@ def _progress_bar(files: Sequence[Rows], *, begun: int = 0) -> "tqdm[NoReturn]":
         unit="row",
         delay=waits_s,
         mininterval=every_s,
+        disable=not is_shown,
     )
 
 
@@ -340,7 +341,50 @@ def prepare(
     files = [rows for part in files_of for rows in part]
     parts = [number for number, part in enumerate(files_of) for _ in part]
     settings = [rows_per_shard, parts, tokenizer.identity, max_length, truncation, scored]
-    key = _content_key(files, settings)
+    return prepare_rows(
+        files,
+        tokenizer,
+        key=_content_key(files, settings),
+        parts=parts,
+        max_length=max_length,
+        truncation=truncation,
+        scored=scored,
+        max_dropped=max_dropped,
+        folder=folder,
+        processes=processes,
+        rows_per_shard=rows_per_shard,
+    )
+
+
+def prepare_rows(
+    files: Sequence[Rows],
+    tokenizer: Tokenizer,
+    *,
+    key: str,
+    parts: Sequence[int],
+    max_length: int,
+    truncation: Truncation | None,
+    scored: Scored,
+    max_dropped: float,
+    folder: Path,
+    processes: int | None,
+    rows_per_shard: int = _ROWS_PER_SHARD,
+    shows_bar: bool = True,
+) -> PreparedPairs:
+    """Does what ``prepare`` does for rows that were opened before, into a folder whose name is known.
+
+    Args:
+        files: read one after the other.
+        tokenizer: the policy's.
+        key: the folder's name; whoever calls sees to it that other pairs have another one.
+        parts: for each file, which of the run's sources, counted from 0, names it.
+        max_length: as for ``prepare``, and so on.
+        shows_bar: whether a progress bar is shown where it takes long.
+
+    Raises:
+        RunError: a process that tokenizes was killed.
+        UserError: a file is broken in the middle or lacks a column, or too many rows cannot be used.
+    """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     _forget_old_asides(folder)
@@ -352,7 +396,7 @@ def prepare(
                     format=_FORMAT,
                     key=key,
                     sources=[rows.path for rows in files],
-                    parts=parts,
+                    parts=[*parts],
                     tokenizer=tokenizer.identity,
                     max_length=max_length,
                     truncation=truncation,
@@ -368,6 +412,7 @@ def prepare(
                     folder=folder,
                     processes=processes,
                     rows_per_shard=rows_per_shard,
+                    shows_bar=shows_bar,
                 )
             prepared = open_prepared(folder / key)
             # Another run, with another bound, may have written it.
@@ -464,12 +509,15 @@ def _write(
     folder: Path,
     processes: int | None,
     rows_per_shard: int,
+    shows_bar: bool,
 ) -> None:
     aside, target = folder / f".{blank.key}", folder / blank.key
     try:
         aside.mkdir(exist_ok=True)
         if not (aside / _MANIFEST).exists():
-            shards = _write_shards(files, work, aside, processes=processes, rows_per_shard=rows_per_shard)
+            shards = _write_shards(
+                files, work, aside, processes=processes, rows_per_shard=rows_per_shard, shows_bar=shows_bar
+            )
             manifest = _manifest(blank, shards)
             check_dropped(manifest, max_dropped)
             _put(aside / _MANIFEST, asdict(manifest))
@@ -492,20 +540,26 @@ def _write(
 
 
 def _write_shards(
-    files: Sequence[Rows], work: RowTokenizer, aside: Path, *, processes: int | None, rows_per_shard: int
+    files: Sequence[Rows],
+    work: RowTokenizer,
+    aside: Path,
+    *,
+    processes: int | None,
+    rows_per_shard: int,
+    shows_bar: bool,
 ) -> list[_Shard]:
     """Writes the shards that are not there yet; returns what all of them hold."""
     rows_read = sum(map(len, files))
     shards = _whole_shards(aside)
     begun = sum(shard.rows for shard in shards)
-    numbered = islice(_numbered(files), begun, None)
+    numbered = _numbered(rows_between(files, begun, rows_read))
     chunks = map_in_order(
         work,
         iter(lambda: list(islice(numbered, _ROWS_PER_CHUNK)), []),
         count=-(-(rows_read - begun) // _ROWS_PER_CHUNK),
         processes=processes,
     )
-    with closing(chunks), _progress_bar(files, begun=begun) as bar:
+    with closing(chunks), _progress_bar(files, begun=begun, is_shown=shows_bar) as bar:
         for number in range(len(shards), -(-rows_read // rows_per_shard)):
             shards.append(_write_shard(aside, number, islice(chunks, rows_per_shard // _ROWS_PER_CHUNK), files, bar))
     return shards

@@ -77,6 +77,11 @@ def _begin(function: Callable[[Any], Any]) -> None:
     # What a pool's process works with can only be kept in a global: an argument would travel with every item.
     global _function
     _function = function
+    stand_behind_parent()
+
+
+def stand_behind_parent() -> None:
+    """Lets this process, which another one has spawned, live as long as that one, and no signal end it before."""
     # A terminal or a launcher signals the whole group; the parent decides what happens then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

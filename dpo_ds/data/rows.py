@@ -9,14 +9,16 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import csv
 
 from dpo_ds.data.preferences import Columns, Source
@@ -37,6 +39,7 @@ _SPLITS = {
 }
 """What a file or folder is called that belongs to a split."""
 _ROWS_PER_CHUNK = 1000
+_LINES_PER_MARK = 1000
 _CSV_BLOCK_BYTES = 1 << 26  # a row must fit into one
 
 
@@ -48,40 +51,58 @@ class Rows:
         path: the file, folder or hub id.
         columns: its own names of our columns.
         numbers: those of the rows that are read.
-        read: begins to read all rows.
+        read: begins to read at the row of this number.
         feed: updates a hash with the content of the rows of these numbers.
     """
 
     path: str
     columns: Columns
     numbers: range
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[int], Iterator[Row]]
     feed: Callable[[hashlib.blake2b, range], None]
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        return islice(enumerate(self.read(), start=1), self.numbers.start - 1, self.numbers.stop - 1)
+        # In this order: behind the last number nothing more is read.
+        return zip(self.numbers, self.read(self.numbers.start) if self.numbers else (), strict=False)
 
     def update(self, digest: hashlib.blake2b) -> None:
         """Adds the rows' content to a hash."""
         self.feed(digest, self.numbers)
 
 
-def load_rows(source: Source) -> list[Rows]:
+class Opener(NamedTuple):
+    """How rows are opened.
+
+    Attributes:
+        file: those of one file.
+        library: those of a hub id, or of a folder that the datasets library wrote or describes.
+    """
+
+    file: Callable[[Path, Columns], Rows]
+    library: Callable[[Source], Rows]
+
+
+def load_rows(source: Source, *, opener: Opener | None = None) -> list[Rows]:
     """Opens a source's rows file by file, without printing anything; only what is compressed or JSON in one piece is
     held in memory.
 
     Files may have different columns. Iterating may raise the errors below, too, where a file is broken in the middle.
 
+    Args:
+        source: what the run file names.
+        opener: None for this room's own, which lets the datasets library keep copies of Parquet and Arrow files.
+
     Raises:
         UserError: the source is missing, empty or broken, names a column twice, or has no such split.
     """
+    opener = opener or Opener(_file_rows, _rows_of_library)
     path = Path(source.path)
     if not path.exists() and (matches := sorted(glob.glob(source.path, recursive=True))):
-        return [rows for match in matches for rows in load_rows(replace(source, path=match))]
-    builder = _builder(path)
+        return [rows for match in matches for rows in load_rows(replace(source, path=match), opener=opener)]
+    builder = builder_of(path)
     if not path.exists() and (builder or not _HUB_ID.fullmatch(source.path)):
         raise UserError(f"the data file {path} does not exist; name a file, a glob, a folder or a hub id in data")
     if path.is_file() and builder is None:
@@ -94,13 +115,14 @@ def load_rows(source: Source) -> list[Rows]:
         if files := [path] if path.is_file() else _data_files(path, split):
             # A file by itself, or one of those that are the split, is all of it.
             whole = "train" if path.is_file() else split
-            return _taken([_file_rows(file, source.columns) for file in files], source.split, whole=whole)
-        return [_rows_of_library(source)]
+            return _taken([opener.file(file, source.columns) for file in files], source.split, whole=whole)
+        return [opener.library(source)]
     except (OSError, ValueError, KeyError, StopIteration) as error:
         raise UserError(_why_unreadable(source, error)) from error
 
 
-def _builder(path: Path) -> str | None:
+def builder_of(path: Path) -> str | None:
+    """Returns how a file is read, by its name: ``json``, ``parquet``, ``csv`` or ``arrow``; None for no such file."""
     if path.suffix in _COMPRESSED:
         inner = _BUILDERS.get(path.with_suffix("").suffix)
         return inner if inner in _READERS else None
@@ -117,7 +139,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
     files = {
         file: next((name for name, pattern in _SPLITS.items() if pattern.search(str(place).lower())), None)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and _builder(file)
+        if file.is_file() and builder_of(file)
         for place in [file.relative_to(folder)]
         if not any(part.startswith((".", "__")) for part in place.parts)
     }
@@ -136,7 +158,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 
 
 def _file_rows(path: Path, columns: Columns) -> Rows:
-    builder = str(_builder(path))
+    builder = str(builder_of(path))
     if builder not in _READERS:
         from datasets import load_dataset
 
@@ -155,47 +177,105 @@ def _taken(files: list[Rows], split: str, *, whole: str) -> list[Rows]:
 
     total = sum(map(len, files))
     (asked,) = ReadInstruction.from_spec(split).to_absolute({whole: total})
-    start, stop = asked.from_ or 0, total if asked.to is None else asked.to
-    taken = []
-    for rows in files:
-        numbers = range(max(0, start) + 1, min(len(rows), stop) + 1)
-        if numbers:
-            taken.append(replace(rows, numbers=numbers))
-        start, stop = start - len(rows), stop - len(rows)
+    taken = rows_between(files, asked.from_ or 0, total if asked.to is None else asked.to)
     if not taken:
         raise ValueError(f"it takes none of the {total} rows")
-    return taken
+    return list(taken.values())
+
+
+def rows_between(files: Sequence[Rows], start: int, stop: int) -> dict[int, Rows]:
+    """Returns some of the rows of files that follow each other, by the place of their file among all.
+
+    Args:
+        files: as ``load_rows`` gives them.
+        start: the first row, all files' rows counted from 0.
+        stop: the row behind the last.
+    """
+    found = {}
+    for place, rows in enumerate(files):
+        numbers = rows.numbers[max(0, start) : max(0, stop)]
+        if numbers:
+            found[place] = replace(rows, numbers=numbers)
+        start, stop = start - len(rows), stop - len(rows)
+    return found
 
 
 def _json_rows(path: Path, columns: Columns) -> Rows:
+    if not is_one_list(path):
+        return line_rows(path, columns, index_lines(path))
     with _opened(path) as file:
-        is_one_list = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    if is_one_list:
-        with _opened(path) as file:
-            content = file.read()
-        values, fingerprint = _parsed(content, path, line=None), hashlib.blake2b(content).digest()
+        content = file.read()
+    values, fingerprint = _parsed(content, path, line=None), hashlib.blake2b(content).digest()
 
-        def read() -> Iterator[Row]:
-            return _as_objects(iter(values), path)
+    def read(first: int) -> Iterator[Row]:
+        return islice(_as_objects(iter(values), path), first - 1, None)
 
-        def feed(digest: hashlib.blake2b, numbers: range) -> None:
-            digest.update(f"json {numbers}".encode() + fingerprint)
+    def feed(digest: hashlib.blake2b, numbers: range) -> None:
+        digest.update(f"json {numbers}".encode() + fingerprint)
 
-        return Rows(str(path), columns, range(1, len(values) + 1), read, feed)
+    return Rows(str(path), columns, range(1, len(values) + 1), read, feed)
+
+
+def is_one_list(path: Path) -> bool:
+    """Returns whether a JSON file holds one list of rows, not one row a line."""
     with _opened(path) as file:
-        count = sum(1 for _ in _lines(file))
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
-    def read_lines() -> Iterator[Row]:
-        with _opened(path) as file:
-            yield from _as_objects((_parsed(line, path, line=number) for number, line in _lines(file)), path)
 
-    def feed_lines(digest: hashlib.blake2b, numbers: range) -> None:
+class LineIndex(NamedTuple):
+    """Where the rows of a file of JSON lines begin.
+
+    Attributes:
+        rows: how many there are.
+        marks: ``(marks, 2)``, for the first row and then every thousandth: the byte at which its line begins, and how
+            many lines are before.
+    """
+
+    rows: int
+    marks: NDArray[np.int64]
+
+
+def index_lines(path: Path) -> LineIndex:
+    """Reads a file once to learn where its rows begin."""
+    rows, marks = 0, list[tuple[int, int]]()
+    with _opened(path) as file:
+        for byte, line, _ in _lines(file):
+            if rows % _LINES_PER_MARK == 0:
+                marks.append((byte, line - 1))
+            rows += 1
+    return LineIndex(rows, np.array(marks, dtype=np.int64).reshape(-1, 2))
+
+
+def line_rows(path: Path, columns: Columns, index: LineIndex) -> Rows:
+    """Returns the rows of a file of JSON lines; where it is not compressed, any one is found at once."""
+
+    def parsed(lines: Iterator[tuple[int, int, bytes]]) -> Iterator[Any]:
+        return (_parsed(content, path, line=line) for _, line, content in lines)
+
+    def read(first: int) -> Iterator[Row]:
+        mark, rest = divmod(first - 1, _LINES_PER_MARK)
+        byte, before = map(int, index.marks[mark])
+        with _opened(path) as begun, _opened(path) as file:
+            _skip(file, byte)
+            values = parsed(islice(_lines(file, byte=byte, before=before), rest, None))
+            # Which columns there are, the first row of all says.
+            yield from islice(_as_objects(chain(islice(parsed(_lines(begun)), 1), values), path), 1, None)
+
+    def feed(digest: hashlib.blake2b, numbers: range) -> None:
         digest.update(f"json lines {numbers}".encode())
         with _opened(path) as file:
-            for _, line in _lines(file):
+            for _, _, line in _lines(file):
                 digest.update(line + b"\n")
 
-    return Rows(str(path), columns, range(1, count + 1), read_lines, feed_lines)
+    return Rows(str(path), columns, range(1, index.rows + 1), read, feed)
+
+
+def _skip(file: io.BufferedReader, left: int) -> None:
+    if file.seekable():
+        file.seek(left)
+        return
+    while skipped := file.read(min(left, 1 << 20)):
+        left -= len(skipped)
 
 
 def _csv_rows(path: Path, columns: Columns) -> Rows:
@@ -205,15 +285,14 @@ def _csv_rows(path: Path, columns: Columns) -> Rows:
         with _opened(path) as file, _csv_named(path):
             # Only the names of the columns matter: the cells are text, and the answers "NA" and "12" are answers.
             names = csv.open_csv(file, read_options=reading, parse_options=parsing).schema.names
-        if twice := _first_repeated(names):
+        if twice := first_repeated(names):
             raise UserError(f"the data file {path} names the column {twice!r} twice; rename or remove one of them")
         text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
         with _opened(path) as file, _csv_named(path):
             yield from csv.open_csv(file, read_options=reading, parse_options=parsing, convert_options=text)
 
-    def read() -> Iterator[Row]:
-        for batch in batches():
-            yield from batch.to_pylist()
+    def read(first: int) -> Iterator[Row]:
+        return islice((row for batch in batches() for row in batch.to_pylist()), first - 1, None)
 
     def feed(digest: hashlib.blake2b, numbers: range) -> None:
         digest.update(f"csv {numbers}".encode())
@@ -238,16 +317,24 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         if path.suffix not in _COMPRESSED:
             raise
         raise UserError(
-            f"the data file {path} cannot be decompressed: {_one_line(error)}; it is damaged or not what its name "
+            f"the data file {path} cannot be decompressed: {one_line(error)}; it is damaged or not what its name "
             "says: rename it, or compress it again"
         ) from error
 
 
-def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(file, start=1):
+def _lines(file: io.BufferedReader, *, byte: int = 0, before: int = 0) -> Iterator[tuple[int, int, bytes]]:
+    """Yields each line that is not blank with the byte where it begins and its number, from 1.
+
+    Args:
+        file: where lines are read from now on.
+        byte: where it stands.
+        before: how many lines are before that.
+    """
+    for number, line in enumerate(file, start=before + 1):
         stripped = line.strip(b"\xef\xbb\xbf \t\r\n" if number == 1 else b" \t\r\n")
         if stripped:
-            yield number, stripped
+            yield byte, number, stripped
+        byte += len(line)
 
 
 def _parsed(content: bytes, path: Path, *, line: int | None) -> Any:
@@ -259,14 +346,14 @@ def _parsed(content: bytes, path: Path, *, line: int | None) -> Any:
     except json.JSONDecodeError as error:
         fault = f"line {line or error.lineno}, column {error.colno}: {error.msg}"
     except (ValueError, RecursionError) as error:
-        fault = f"{f'line {line}: ' if line else ''}{_one_line(error)}"
+        fault = f"{f'line {line}: ' if line else ''}{one_line(error)}"
     raise UserError(f"the data file {path} is not valid JSON: {fault}; mend or remove it")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"{_first_repeated([name for name, _ in pairs])!r} is named twice in one object")
+        raise ValueError(f"{first_repeated([name for name, _ in pairs])!r} is named twice in one object")
     return found
 
 
@@ -281,7 +368,8 @@ def _as_objects(values: Iterator[object], path: Path) -> Iterator[Row]:
         yield {**blank, **value} if isinstance(value, dict) else blank
 
 
-def _first_repeated(names: list[str]) -> str | None:
+def first_repeated(names: list[str]) -> str | None:
+    """Returns the first name that is there twice."""
     return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
@@ -292,7 +380,7 @@ def _csv_named(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         if "Empty CSV" in str(error):
             raise UserError(f"the data file {path} has no rows") from error
-        raise UserError(f"the data file {path} is not valid CSV: {_one_line(error)}; mend or remove it") from error
+        raise UserError(f"the data file {path} is not valid CSV: {one_line(error)}; mend or remove it") from error
 
 
 def _rows_of_library(source: Source) -> Rows:
@@ -318,7 +406,7 @@ def _table_rows(name: str, columns: Columns, load: Callable[[], Any]) -> Rows:
         # Bytes that are not UTF-8 would otherwise be noticed in the middle of the rows.
         table.data.validate(full=True)
     except DatasetsError as error:
-        raise ValueError(_one_line(error.__cause__ or error)) from error
+        raise ValueError(one_line(error.__cause__ or error)) from error
     if len(table) == 0:
         raise UserError(f"the data set {name} has no rows")
 
@@ -330,7 +418,10 @@ def _table_rows(name: str, columns: Columns, load: Callable[[], Any]) -> Rows:
             for batch in chunk.combine_chunks().to_batches():
                 digest.update(batch.serialize())
 
-    return Rows(name, columns, range(1, len(table) + 1), lambda: iter(table), feed)
+    def read(first: int) -> Iterator[Row]:
+        return iter(table if first == 1 else table.skip(first - 1))
+
+    return Rows(name, columns, range(1, len(table) + 1), read, feed)
 
 
 @contextmanager
@@ -352,8 +443,9 @@ def _quiet() -> Iterator[None]:
 def _why_unreadable(source: Source, error: Exception) -> str:
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return f"the data set {source.path} has no rows"
-    return f"the data set {source.path} (split {source.split!r}) cannot be read: {_one_line(error)}"
+    return f"the data set {source.path} (split {source.split!r}) cannot be read: {one_line(error)}"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns a library's message, short and in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

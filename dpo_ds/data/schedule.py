@@ -42,7 +42,7 @@ class Part(NamedTuple):
         passes, places = np.divmod(np.arange(epoch * self.taken, (epoch + 1) * self.taken), self.pairs)
         if not shuffle:
             return places
-        orders = [_permutation([*seed, number], self.pairs) for number in range(passes[0], passes[-1] + 1)]
+        orders = [permutation([*seed, number], self.pairs) for number in range(passes[0], passes[-1] + 1)]
         return np.concatenate([order[places[passes == passes[0] + n]] for n, order in enumerate(orders)])
 
 
@@ -112,10 +112,11 @@ def _order_of_epoch(schedule: Schedule, epoch: int) -> NDArray[np.int64]:
             for number, (start, part) in enumerate(zip(starts, schedule.parts, strict=False))
         ]
     )
-    return np.sort(pairs)[_permutation([seed, epoch], len(pairs))] if shuffle else pairs
+    return np.sort(pairs)[permutation([seed, epoch], len(pairs))] if shuffle else pairs
 
 
-def _permutation(seed: Sequence[int], length: int) -> NDArray[np.int64]:
+def permutation(seed: Sequence[int], length: int) -> NDArray[np.int64]:
+    """Returns the numbers from 0 in an order that follows from the seed alone, ``(length,)``."""
     # RandomState, not Generator: NumPy promises (NEP 19) that its stream never changes, so a resumed run sees the same
     # order under another NumPy.
     return np.random.RandomState(seed).permutation(length)
