@@ -9,7 +9,8 @@ from pathlib import Path
 from platform import python_version
 from typing import Any, NamedTuple, Protocol
 
-Metrics = Mapping[str, float | int | str | None]
+Metrics = Mapping[str, float | int | str | Mapping[str, list[float]] | None]
+"""Numbers by name, and histograms: their bins' edges and counts."""
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
