@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.logps import sum_by_response, target_logps
-from dpo_ds.losses import LOSSES, PairLogps, Reduction, preference_loss
+from dpo_ds.losses import LOSSES, Objective, PairLogps, Reduction
 
 
 class PreferenceMetrics(NamedTuple):
@@ -69,7 +69,7 @@ class DPO(nn.Module):
                 ``"mean"``; None takes the loss's own, which is the sum for sigmoid.
 
         Raises:
-            ValueError: an option is out of range, or the model is partitioned by ZeRO-3.
+            ValueError: an option is out of range or not one of the loss's, or the model is partitioned by ZeRO-3.
         """
         super().__init__()
         if not beta > 0:
@@ -78,8 +78,10 @@ class DPO(nn.Module):
             raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {loss_type!r}")
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-        if label_smoothing and not LOSSES[loss_type].smooths_labels:
-            raise ValueError(f"label_smoothing must be 0 for the {loss_type} loss, got {label_smoothing}")
+        if LOSSES[loss_type].running:
+            raise ValueError(
+                f"loss_type must be a loss without a running mean, which is not kept here, got {loss_type!r}"
+            )
         if reduction not in (None, "sum", "mean"):
             raise ValueError(f"reduction must be 'sum', 'mean' or None, got {reduction!r}")
         partitioned = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id")]
@@ -89,11 +91,8 @@ class DPO(nn.Module):
                 f"({partitioned[0]}, ...) and a copy of them would be empty: build the policy's and the reference's "
                 "engines with dpo_ds.initialize"
             )
-        self.beta = beta
+        self.objective = Objective(loss_type, beta, label_smoothing, reduction)
         self.pad_id = pad_id
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
         disable_dropout(model)
         self.policy_model = model
         self.ref_model = deepcopy(model).requires_grad_(False).eval()
@@ -171,13 +170,7 @@ class DPO(nn.Module):
             chosen_tokens=chosen_mask.sum(-1),
             rejected_tokens=rejected_mask.sum(-1),
         )
-        result = preference_loss(
-            logps,
-            type=self.loss_type,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-        )
+        result = self.objective(logps)
         loss = result.losses.mean()
         if not return_metrics:
             return loss

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_ds.config import RunConfig, source_names
-from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
+from dpo_ds.data.batch import PairBatch, discounted, packed_batch, padded_batch
 from dpo_ds.data.feed import Feed
 from dpo_ds.data.prepare import PreparedPairs
 from dpo_ds.data.schedule import (
@@ -35,11 +35,21 @@ from dpo_ds.errors import RunError, Stopped, UserError
 from dpo_ds.gate import BATCHES as GATE_BATCHES
 from dpo_ds.gate import check_cached_scores, check_equal_scores, check_first_loss, check_probe, starts_equal
 from dpo_ds.learning_rate import learning_rate
-from dpo_ds.losses import LOSSES, PairLogps, PreferenceLoss, preference_loss, starting_losses
-from dpo_ds.metrics import Tally, add_pairs, add_sources, add_work
+from dpo_ds.losses import Objective, PairLabels, PairLogps, PreferenceLoss, Running
+from dpo_ds.metrics import (
+    Tally,
+    add_diagnostics,
+    add_groups,
+    add_histogram,
+    add_pairs,
+    add_work,
+    length_groups,
+    length_names,
+)
 from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
 from dpo_ds.watchdog import Watchdog
+from dpo_ds.whole_step import judge_whole_step
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,26 @@ class Trained:
     pairs: int
     tokens: int
     train_seconds: float
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """Returns what a run minimises.
+
+    Raises:
+        ValueError: the keys of ``loss`` do not go together.
+    """
+    loss = config.loss
+    return Objective(
+        type=loss.type,
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        reduction=loss.reduction,
+        parameters=loss.parameters,
+        add=loss.add,
+        divergence=loss.divergence,
+        divergence_alpha=loss.divergence_alpha,
+        weighting=loss.weighting,
+    )
 
 
 class Trainer:
@@ -97,7 +127,10 @@ class Trainer:
         self._packed = packed
         self._agreement = agreement
         self._cached = cached
-        self._watchdog = self._watch() if engines.reference or cached else None
+        self._objective = objective_of(config)
+        self._running: dict[str, Running] = self._objective.start()
+        self._has_reference = engines.reference is not None or cached is not None
+        self._watchdog = self._watch() if self._has_reference else None
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         # One, lest pairs that the feed has done with stay mapped.
         self._costs = lru_cache(maxsize=1)(self._costs_of)
@@ -118,18 +151,13 @@ class Trainer:
         """
         if not starts_equal(self._engines, world=self._world, same_source=same_source, cached=self._cached):
             return False
-        tally, settings = Tally(self._world.device), self._config.loss
+        tally = Tally(self._world.device)
         for batch, reference in self._scored_by_equal_weights():
-            loss, _ = self._compare(batch, reference)
-            expected = starting_losses(
-                batch.labels,
-                pairs=len(batch.weights),
-                type=settings.type,
-                beta=settings.beta,
-                label_smoothing=settings.label_smoothing,
-            )
-            tally.add("loss", loss.losses, weights=batch.weights)
-            tally.add("expected", expected, weights=batch.weights)
+            self._heed()
+            # Both on the same terms, those of the reference.
+            logps = _pair_logps(batch, self._engines.policy.score(self._for_reference(batch)), reference)
+            for name, pairs in (("loss", logps), ("expected", logps.unmoved())):
+                tally.add(name, self._objective(pairs, labels=batch.labels).losses, weights=batch.weights)
         means = tally.means(self._world.sum(tally.packed()))
         check_first_loss(means["loss"], expected=means["expected"], dtype=self._engines.policy.dtype)
         return True
@@ -147,6 +175,7 @@ class Trainer:
         """
         steps, settings = self._train.steps, self._config.checkpoint
         self._progress = start
+        self._running |= {name: Running(value, int(pairs)) for name, (value, pairs) in (start.running or {}).items()}
         self._world.enter("train")
         if start.probe is not None:
             check_probe(self._engines.policy, self._probe(), saved=start.probe)
@@ -172,6 +201,7 @@ class Trainer:
                     tokens=self._progress.tokens + int(metrics["tokens"]),
                     train_seconds=self._progress.train_seconds + metrics["step_seconds"],
                     evaluation=None,
+                    running={name: list(running) for name, running in self._running.items()} or None,
                 )
                 self._checkpoints.finish_if_written()
                 self._heed_watchdog(step, metrics)
@@ -227,10 +257,9 @@ class Trainer:
         tally = Tally(self._world.device)
         losses = []
         self._engines.policy.model.train()
-        for batch, reference in zip(batches, references, strict=True):
-            loss, logps = self._compare(batch, reference)
-            self._engines.policy.backward((loss.losses * batch.weights).sum() / pairs)
-            add_pairs(tally, loss, logps, weights=batch.weights)
+        for batch, (loss, logps, surrogate) in zip(batches, self._judged(plan, batches, references), strict=True):
+            self._engines.policy.backward(surrogate / pairs)
+            self._add(tally, loss, logps, batch.weights)
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
             losses.append(loss.losses.detach())
         clock.lap("seconds/policy")
@@ -252,6 +281,12 @@ class Trainer:
         if not math.isfinite(grad_norm):
             # DeepSpeed knows it from the norm that it clips by, and leaves the weights alone.
             self._stop_at(step, among, "the gradient's norm is not finite, with a finite loss,", indices)
+        self._running = self._objective.carried(
+            self._running,
+            chosen_reward=means["rewards/chosen"],
+            rejected_reward=means["rewards/rejected"],
+            pairs=pairs,
+        )
         clock.lap("seconds/update")
         seconds = clock.total()
         return {name: mean for name, mean in means.items() if not name.startswith("work/")} | {
@@ -288,14 +323,28 @@ class Trainer:
         self._engines.policy.model.eval()
         names = self._evaluated_sources(self._evaluation)
         part = torch.from_numpy(self._evaluation.part)
-        scored = self._scored(self._evaluation, plan)
-        for micro_batch, (batch, reference) in zip(plan[self._world.rank], scored, strict=True):
-            loss, logps = self._compare(batch, reference)
-            add_pairs(tally, loss, logps, weights=batch.weights)
-            sources = part[list(micro_batch.pairs)].to(self._world.device)
-            add_sources(tally, loss, names=names, sources=sources, weights=batch.weights)
-        metrics = tally.means(self._world.sum(tally.packed()))
-        self._tracker.log({"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)})
+        lengths = self._evaluation.lengths
+        length_of = length_groups(np.maximum(lengths.chosen, lengths.rejected))
+        groups = (
+            ("source", names, part),
+            ("length", length_names(length_of), torch.from_numpy(length_of)),
+        )
+        mine = plan[self._world.rank]
+        scored = [
+            (self._score(batch, reference), batch.labels, batch.weights)
+            for batch, reference in self._scored(self._evaluation, plan)
+        ]
+        judged = self._losses(plan, [logps for logps, _, _ in scored], [labels for _, labels, _ in scored])
+        for micro_batch, (logps, _, weights), (loss, _) in zip(mine, scored, judged, strict=True):
+            self._add(tally, loss, logps, weights)
+            add_histogram(tally, "rewards/margins", loss.margins, weights=weights)
+            for kind, named, group_of in groups:
+                numbers = group_of[list(micro_batch.pairs)].to(self._world.device)
+                add_groups(tally, loss, kind=kind, names=named, groups=numbers, weights=weights)
+        packed = self._world.sum(tally.packed())
+        metrics = tally.means(packed)
+        line: dict[str, Any] = {"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)}
+        self._tracker.log(line | tally.histograms(packed))
         return metrics
 
     def _evaluated_sources(self, pairs: PreparedPairs) -> dict[int, str]:
@@ -312,12 +361,12 @@ class Trainer:
             self._engines.reference.check()
 
     def _watch(self) -> Watchdog:
-        bounds, loss = self._config.watchdogs, self._config.loss
+        bounds = self._config.watchdogs
         return Watchdog(
             not_moving_steps=bounds.not_moving_steps,
             chosen_drop=bounds.chosen_drop,
-            beta=loss.beta,
-            reduction=loss.reduction or LOSSES[loss.type].reduction,
+            beta=self._objective.beta,
+            reduction=self._objective.own_reduction,
         )
 
     def _heed_watchdog(self, step: int, metrics: dict[str, float]) -> None:
@@ -387,7 +436,9 @@ class Trainer:
         logps = {
             pair: scores
             for micro_batch, batch in zip(larger[self._world.rank], self._batches(among, larger), strict=True)
-            for pair, scores in zip(micro_batch.pairs, self._engines.reference.score(batch).T, strict=True)
+            for pair, scores in zip(
+                micro_batch.pairs, self._engines.reference.score(self._for_reference(batch)).T, strict=True
+            )
         }
         return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._world.rank]]
 
@@ -401,7 +452,7 @@ class Trainer:
         if self._engines.reference is None:
             return torch.zeros(2, len(batch.weights), device=self._world.device)
         self._heed()
-        return self._engines.reference.score(batch)
+        return self._engines.reference.score(self._for_reference(batch))
 
     def _heed(self) -> None:
         """Saves and raises ``Stopped`` on all ranks once one was asked to; a step that was begun is taken again."""
@@ -413,19 +464,53 @@ class Trainer:
                 checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
             raise Stopped(reason.name, step=step, checkpoint=checkpoint)
 
-    def _compare(self, batch: PairBatch, reference: Tensor) -> tuple[PreferenceLoss, PairLogps]:
-        self._heed()
-        logps = PairLogps(*self._engines.policy.score(batch), *reference, *batch.response_tokens.view(2, -1))
-        settings = self._config.loss
-        loss = preference_loss(
+    def _judged(
+        self, plan: Plan, batches: Sequence[PairBatch], references: Sequence[Tensor]
+    ) -> Iterator[tuple[PreferenceLoss, PairLogps, Tensor]]:
+        """Yields each micro-batch's losses, its log-probs, and a scalar whose gradient is that of its pairs' losses."""
+        if not self._objective.needs_whole_step:
+            for batch, reference in zip(batches, references, strict=True):
+                logps = self._score(batch, reference)
+                loss = self._objective(logps, labels=batch.labels, running=self._running)
+                yield loss, logps, (loss.losses * batch.weights).sum()
+            return
+        with torch.no_grad():
+            everything = [self._score(*scored) for scored in zip(batches, references, strict=True)]
+        judged = self._losses(plan, everything, [batch.labels for batch in batches])
+        for batch, reference, logps, (loss, slopes) in zip(batches, references, everything, judged, strict=True):
+            again = self._score(batch, reference)
+            yield loss, logps, (torch.stack([again.policy_chosen, again.policy_rejected]) * slopes).sum()
+
+    def _losses(
+        self, plan: Plan, logps: Sequence[PairLogps], labels: Sequence[PairLabels]
+    ) -> Sequence[tuple[PreferenceLoss, Tensor]]:
+        """Returns the losses of all micro-batches and, where they depend on each other, their slopes."""
+        if not self._objective.needs_whole_step:
+            return [
+                (self._objective(pairs, labels=said, running=self._running), pairs.policy_chosen)
+                for pairs, said in zip(logps, labels, strict=True)
+            ]
+        return judge_whole_step(
+            self._objective,
+            plan,
             logps,
-            type=settings.type,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            reduction=settings.reduction,
-            labels=batch.labels,
+            [said.weights for said in labels],
+            rank=self._world.rank,
+            running=self._running,
+            sum_over_ranks=self._world.sum,
         )
-        return loss, logps
+
+    def _score(self, batch: PairBatch, reference: Tensor) -> PairLogps:
+        self._heed()
+        return _pair_logps(batch, self._engines.policy.score(discounted(batch, self._config.loss.ld_alpha)), reference)
+
+    def _for_reference(self, batch: PairBatch) -> PairBatch:
+        loss = self._config.loss
+        return discounted(batch, loss.ld_alpha if loss.ld_reference else None)
+
+    def _add(self, tally: Tally, loss: PreferenceLoss, logps: PairLogps, weights: Tensor) -> None:
+        add_pairs(tally, loss, logps, weights=weights)
+        add_diagnostics(tally, loss, logps, weights=weights, has_reference=self._has_reference)
 
     def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
         mine = [
@@ -446,3 +531,7 @@ class Trainer:
             f"step {step}: {what} for {len(pairs)} pairs ({named}); the weights are those before the step, "
             f"{self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"
         )
+
+
+def _pair_logps(batch: PairBatch, policy: Tensor, reference: Tensor) -> PairLogps:
+    return PairLogps(*policy, *reference, *batch.response_tokens.view(2, -1))

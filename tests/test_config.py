@@ -133,7 +133,7 @@ def test_the_dumped_config_parses_to_itself(parse, text):
         (["--train.max_steps", "x"], "train.max_steps must be a whole number or null, got 'x'"),
         (["--train.betas", "[0.9]"], r"train.betas must be a list of two numbers, got '\[0.9\]'"),
         (["--data.shuffle", "maybe"], "data.shuffle must be true or false, got 'maybe'"),
-        (["--loss.type", "dpo"], "loss.type must be one of sigmoid, sigmoid_norm, hinge, ipo, got 'dpo'"),
+        (["--loss.type", "dpo"], f"loss.type must be one of {', '.join(LOSSES)}, got 'dpo'"),
         (["--train.optimizer", "sgd"], "train.optimizer must be one of adamw, got 'sgd'"),
         (["--loss.beta"], "argument --loss.beta: expected one argument"),
         (["stray"], "unrecognized arguments: stray"),

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dpo_ds"
 
 FLOORS = {
     0: {"losses", "logps", "metrics", "learning_rate", "dropout", "throughput", "watchdog"},
-    1: {"dpo", "data"},
+    1: {"dpo", "data", "whole_step"},
     2: {"models"},
     3: {"engine"},
     4: {"trainer", "gate"},

@@ -1,8 +1,12 @@
+import math
+import statistics
+
+import numpy as np
 import pytest
 import torch
 
 from dpo_ds.losses import PairLogps, preference_loss
-from dpo_ds.metrics import Tally, add_pairs, add_sources
+from dpo_ds.metrics import Tally, add_diagnostics, add_groups, add_histogram, add_pairs, length_groups, length_names
 
 CPU = torch.device("cpu")
 
@@ -32,7 +36,8 @@ def test_each_source_has_its_own_mean_over_its_real_pairs():
     tally = Tally(CPU)
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
     for sources in ([0, 2, 2, 0], [2, 2, 2, 2]):
-        add_sources(tally, loss, names={0: "a", 2: "b"}, sources=torch.tensor(sources), weights=weights)
+        groups = torch.tensor(sources)
+        add_groups(tally, loss, kind="source", names={0: "a", 2: "b"}, groups=groups, weights=weights)
     # max(0, 1 - margin / 4) is 1/2, 2 and 0.
     assert tally.means(tally.packed()) == pytest.approx(
         {
@@ -64,3 +69,53 @@ def test_sums_of_micro_batches_add_up():
     for value in (1.0, 2.5):
         tally.add("work/tokens", value)
     assert tally.sums(tally.packed()) == {"work/tokens": 3.5}
+
+
+def test_diagnostics_of_two_ranks_are_those_of_all_pairs_together():
+    # Policy and reference log-probs, tokens: log-ratios -2, 4, 1 of the chosen and 1, -1, 0 of the rejected responses.
+    rows = [(-6.0, -3.0, -4.0, -4.0, 4, 2), (-1.0, -5.0, -5.0, -4.0, 2, 5), (-2.0, -3.0, -3.0, -3.0, 10, 3)]
+    margins, differences = [-3.0, 5.0, 1.0], [2.0, -3.0, 7.0]
+
+    def tallied(some):
+        *logps, chosen_tokens, rejected_tokens = torch.tensor(some).T
+        seen = PairLogps(*logps, chosen_tokens, rejected_tokens)
+        tally = Tally(CPU)
+        loss = preference_loss(seen, type="sigmoid", beta=1.0)
+        add_diagnostics(tally, loss, seen, weights=torch.ones(len(some)), has_reference=True)
+        return tally
+
+    one, two = tallied(rows[:1]), tallied(rows[1:])
+    means = one.means(one.packed() + two.packed())
+    assert means["kl/chosen"] == pytest.approx((-2 + 4 + 1) / (4 + 2 + 10))
+    assert means["kl/rejected"] == pytest.approx((1 - 1 + 0) / (2 + 5 + 3), abs=1e-6)
+    assert means["displaced"] == pytest.approx(1 / 3)
+    weights = [1 / (1 + math.exp(margin)) for margin in margins]
+    assert means["gradient_weight"] == pytest.approx(sum(weights) / 3)
+    assert means["saturated"] == pytest.approx(sum(weight < 0.01 for weight in weights) / 3)
+    assert means["length_correlation"] == pytest.approx(statistics.correlation(margins, differences))
+
+
+def test_what_does_not_vary_has_no_correlation_and_a_missing_reference_no_divergence():
+    tally, logps = Tally(CPU), pairs([1.0, 2.0])
+    loss = preference_loss(logps, type="sigmoid", beta=1.0)
+    add_diagnostics(tally, loss, logps, weights=torch.ones(2), has_reference=False)
+    means = tally.means(tally.packed())
+    assert set(means) == {"gradient_weight", "saturated", "length_correlation"}
+    assert math.isnan(means["length_correlation"])
+
+
+def test_a_histogram_counts_real_pairs_and_puts_what_is_beyond_into_the_outermost_bins():
+    tally = Tally(CPU)
+    add_histogram(tally, "x", torch.tensor([-1e6, 0.0, 0.2, 0.2, 1e6]), weights=torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))
+    found = tally.histograms(tally.packed())["histogram/x"]
+    counted = {found["edges"][place]: count for place, count in enumerate(found["counts"]) if count}
+    assert counted == {-100.0: 1.0, 0.0: 1.0, 0.1: 1.0, 30.0: 1.0}
+    assert len(found["edges"]) == len(found["counts"]) + 1
+    assert not tally.means(tally.packed())
+
+
+def test_lengths_fall_into_groups_of_twice_the_length():
+    groups = length_groups(np.array([1, 32, 33, 64, 65, 1000]))
+    assert groups.tolist() == [5, 5, 6, 6, 7, 10]
+    assert length_names(groups) == {5: "1-32", 6: "33-64", 7: "65-128", 10: "513-1024"}
+    assert length_names(groups[:2]) == {}

@@ -33,11 +33,11 @@ from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.engine.policy import swaps_to_files
 from dpo_ds.engine.shards import stored_parameters
 from dpo_ds.errors import UserError
-from dpo_ds.losses import LOSSES
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
+from dpo_ds.trainer import objective_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -305,12 +305,38 @@ def _data_sources(sources: Sequence[DataSource]) -> list[Source]:
 
 def _check_loss(config: RunConfig) -> None:
     loss = config.loss
-    if loss.label_smoothing and not LOSSES[loss.type].smooths_labels:
+    try:
+        objective = objective_of(config)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from None
+    if not objective.needs_reference and config.reference.mode != "none":
         raise UserError(
-            f"loss.label_smoothing must be 0 for the {loss.type} loss, which has no smoothed form, got "
-            f"{loss.label_smoothing}"
+            f"reference.mode must be none for the {loss.type} loss, whose equation has no reference, got "
+            f"{config.reference.mode!r}"
         )
-    knows = {"probability": LOSSES[loss.type].smooths_labels, "margin": LOSSES[loss.type].takes_margins}
+    if config.reference.mode == "none" and loss.divergence != "reverse_kl":
+        raise UserError(
+            f"loss.divergence must be reverse_kl where reference.mode is none, got {loss.divergence!r}: there is "
+            "nothing to diverge from"
+        )
+    if objective.needs_whole_step and config.train.pairs_per_step < 2:
+        raise UserError(
+            f"train.pairs_per_step must be >= 2 for the {' + '.join(objective.losses)} loss, which compares the pairs "
+            f"of a step with each other, got {config.train.pairs_per_step}"
+        )
+    if loss.ld_alpha is not None and any(
+        (objective.own_reduction if name == loss.type else term.reduction) == "mean"
+        for name, term in objective.losses.items()
+    ):
+        raise UserError(
+            f"loss.ld_alpha must be null where log-probs are averaged over tokens, got {loss.ld_alpha}: their lengths "
+            "are out of it already"
+        )
+    knows = {
+        "probability": objective.takes_soft_labels,
+        "margin": objective.takes_margins,
+        "weight": objective.takes_weights,
+    }
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval or ())):
         for place, source in enumerate(sources):
             for name in knows:
@@ -512,7 +538,7 @@ def _plan(
         "reference": f"{reference}, {f'scored once into {cache}' if cache else 'live and frozen'}"
         if reference
         else "none",
-        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
+        "loss": _described(config),
         "pairs": f"{_trained_on(schedule, train)} to train on"
         + (f", {_usable(evaluation)} held out" if evaluation else ""),
         **_mixture(config, schedule),
@@ -524,6 +550,14 @@ def _plan(
         "output": config.output_dir,
     } | ({"goes on": f"from {checkpoints[0]}"} if checkpoints else {})
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def _described(config: RunConfig) -> str:
+    loss = config.loss
+    terms = [loss.type, *(f"{weight:g} x {name}" for name, weight in loss.add.items())]
+    numbers = {"beta": loss.beta, **loss.parameters}
+    extras = [word for word in (loss.divergence, loss.weighting) if word not in ("reverse_kl", "none")]
+    return ", ".join([" + ".join(terms), *(f"{name} {number:g}" for name, number in numbers.items()), *extras])
 
 
 def _mixture(config: RunConfig, schedule: Schedule | BlockSchedule) -> dict[str, str]:

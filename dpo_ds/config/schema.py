@@ -97,12 +97,55 @@ class DataConfig:
 class LossConfig:
     """How log-probs become a loss."""
 
-    type: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = _key("sigmoid", "the preference loss; DPO is sigmoid")
+    type: Literal[
+        "sigmoid",
+        "sigmoid_norm",
+        "robust",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "bco_pair_unshifted",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "simpo",
+        "orpo",
+        "cpo",
+        "slic",
+        "sft",
+        "dpop",
+        "chi_po",
+        "r_dpo",
+        "beta_dpo",
+        "cal_dpo",
+    ] = _key("sigmoid", "the preference loss; DPO is sigmoid; dpo_ds/losses/README.md has all")
     beta: float = _key(0.1, "strength of the pull towards the reference")
     label_smoothing: float = _key(0.0, "probability that a pair's label is wrong")
     reduction: Literal["sum", "mean"] | None = _key(
         None, "a response's log-prob is the sum or the mean over its tokens; null: what the loss's paper says"
     )
+    parameters: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "numbers of the losses' own equations, such as {gamma: 0.5} of simpo"},
+    )
+    add: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "further losses and their weights, such as {sft: 1.0}; that of loss.type is 1"},
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _key(
+        "reverse_kl", "which divergence from the reference is bounded"
+    )
+    divergence_alpha: float = _key(0.5, "the alpha of alpha_divergence; 1 is reverse_kl, 0 forward_kl")
+    weighting: Literal["none", "wpo"] = _key("none", "wpo: pairs count by how likely they are to the policy")
+    ld_alpha: float | None = _key(
+        None, "LD-DPO: what a response's tokens count beyond the length of the other one; null: as all others"
+    )
+    ld_reference: bool = _key(True, "whether loss.ld_alpha holds for the reference, too, as in the paper")
 
 
 @dataclass(frozen=True)
@@ -285,6 +328,12 @@ def check(config: RunConfig) -> None:
         ("data.max_length", data.max_length >= 2, ">= 2"),
         ("data.max_dropped", 0 <= data.max_dropped <= 1, ">= 0 and <= 1"),
         ("loss.beta", loss.beta > 0, "> 0"),
+        ("loss.ld_alpha", loss.ld_alpha is None or 0 <= loss.ld_alpha <= 1, "null or >= 0 and <= 1"),
+        (
+            "loss.ld_reference",
+            not loss.ld_reference or loss.ld_alpha in (None, 1) or config.reference.mode != "cache",
+            "false where reference.mode is cache, which holds sums over all tokens",
+        ),
         ("loss.label_smoothing", 0 <= loss.label_smoothing < 0.5, ">= 0 and < 0.5"),
         ("train.pairs_per_step", train.pairs_per_step >= 1, ">= 1"),
         ("train.tokens_per_micro_batch", train.tokens_per_micro_batch >= 1, ">= 1"),

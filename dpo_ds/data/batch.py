@@ -53,6 +53,7 @@ class PairBatch:
         probabilities: ``(pairs,)``, as in ``PairLabels``, as the next two are.
         margins: ``(pairs,)`` or None.
         loss_weights: ``(pairs,)`` or None.
+        token_weights: ``(scored,)``, factors of the scored tokens' log-probs, or None where all count alike.
         tokens: tokens of the pairs, each prompt counted once, stand-ins not at all.
         filled: positions of ``input_ids`` that are neither padding nor a stand-in's.
         position_ids: ``(rows, length)``, each token's distance from the first token of its prompt; None: its column.
@@ -72,6 +73,7 @@ class PairBatch:
     probabilities: Tensor | None = None
     margins: Tensor | None = None
     loss_weights: Tensor | None = None
+    token_weights: Tensor | None = None
 
     @property
     def labels(self) -> PairLabels:
@@ -83,6 +85,27 @@ class PairBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
+
+
+def discounted(batch: PairBatch, alpha: float | None) -> PairBatch:
+    """Returns the batch with what the longer response of a pair has more than the other one counting ``alpha``.
+
+    LD-DPO: ``log pi(y_1 .. y_m) + alpha log pi(y_(m + 1) .. y_n)`` with ``m`` the length of the shorter response, Liu
+    et al. 2024, eq. 10, arXiv:2409.06411.
+
+    Args:
+        batch: its pairs.
+        alpha: in [0, 1]; None or 1 leaves the batch as it is.
+    """
+    if alpha is None or alpha == 1:
+        return batch
+    shorter = batch.response_tokens.view(2, -1).amin(0).repeat(2)
+    first = batch.response_tokens.cumsum(0) - batch.response_tokens
+    # Each response's tokens stand together and in order.
+    place = torch.arange(len(batch.targets), device=batch.targets.device) - first[batch.response_of]
+    is_shared = place < shorter[batch.response_of]
+    weights = torch.where(is_shared, 1.0, alpha)
+    return replace(batch, token_weights=weights)
 
 
 def packed_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PairBatch:

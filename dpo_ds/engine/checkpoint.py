@@ -51,6 +51,7 @@ class Progress:
         wandb_run_id: wandb's name for the run, None without one.
         evaluation: means over the held-out pairs after this very step, None where there was no evaluation.
         probe: the policy's log-probs of the first pair's two responses, None where nothing was scored.
+        running: the means that losses carry, each with the number of its pairs; None where there are none.
     """
 
     step: int = 0
@@ -60,6 +61,7 @@ class Progress:
     wandb_run_id: str | None = None
     evaluation: dict[str, float] | None = None
     probe: list[float] | None = None
+    running: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)

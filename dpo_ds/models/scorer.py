@@ -50,6 +50,8 @@ class Scorer(nn.Module):
             logits=self.head.logits,
             chunk_bytes=LOGIT_CHUNK_BYTES,
         )
+        if batch.token_weights is not None:
+            logps = logps * batch.token_weights
         return sum_by_response(logps, batch.response_of, responses=len(batch.response_tokens)).view(2, -1)
 
     @torch.no_grad()

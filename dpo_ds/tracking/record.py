@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from dpo_ds.files import write_whole
 
-Metrics = Mapping[str, float | int | str | None]
+Metrics = Mapping[str, float | int | str | Mapping[str, list[float]] | None]
+"""Numbers by name, and histograms: their bins' edges and counts."""
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

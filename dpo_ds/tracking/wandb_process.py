@@ -97,12 +97,20 @@ class _Lines:
                 continue
             metrics = json.loads(line)
             prefix = "eval/" if metrics.pop("split") == "eval" else ""
-            numbers = {name: value for name, value in metrics.items() if value is not None}
+            numbers = {name: _shown(value) for name, value in metrics.items() if value is not None}
             # No step=: wandb drops lines whose step is behind the last one, as after a resume.
             run.log({name if name == "step" else prefix + name: value for name, value in numbers.items()})
         if self._read > self._mirrored:
             self._mirrored = self._read
             self._count.write_text(f"{self._mirrored}\n")
+
+
+def _shown(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    import wandb
+
+    return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
 
 
 def _reason(error: Exception) -> str:

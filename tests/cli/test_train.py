@@ -132,6 +132,41 @@ CASES = {
         ["--loss.type", "ipo", "--data.eval", '[{"path": "pairs.jsonl", "columns": {"margin": "m"}}]'],
         "data.eval[0].columns.margin must be left out for the ipo loss",
     ),
+    "a number that the loss has not": (
+        no_preparation,
+        ["--loss.type", "simpo", "--reference.mode", "none", "--loss.parameters", '{"gama": 0.5}'],
+        "loss.parameters must name numbers that the simpo loss has (gamma), got 'gama'",
+    ),
+    "a reference-free loss with a cache": (
+        no_preparation,
+        ["--loss.type", "simpo", "--reference.mode", "cache"],
+        "reference.mode must be none for the simpo loss, whose equation has no reference, got 'cache'",
+    ),
+    "quantiles of one pair": (
+        no_preparation,
+        ["--loss.type", "aot", "--train.pairs_per_step", "1"],
+        "train.pairs_per_step must be >= 2 for the aot loss, which compares the pairs of a step with each other, got 1",
+    ),
+    "weighted quantiles": (
+        no_preparation,
+        ["--loss.type", "aot", "--data.train", '[{"path": "pairs.jsonl", "columns": {"weight": "w"}}]'],
+        "data.train[0].columns.weight must be left out for the aot loss, which knows no weight, got 'w'",
+    ),
+    "a discount of what the cache has summed up": (
+        no_preparation,
+        ["--loss.ld_alpha", "0.5", "--reference.mode", "cache"],
+        "loss.ld_reference must be false where reference.mode is cache",
+    ),
+    "a discount of means": (
+        no_preparation,
+        ["--loss.ld_alpha", "0.5", "--loss.add", '{"sft": 1.0}'],
+        "loss.ld_alpha must be null where log-probs are averaged over tokens, got 0.5",
+    ),
+    "a divergence from nothing": (
+        no_preparation,
+        ["--loss.divergence", "js_divergence", "--reference.mode", "none"],
+        "loss.divergence must be reverse_kl where reference.mode is none",
+    ),
     "a nested output folder": (
         no_preparation,
         ["--output_dir", "new/deep/out", "--train.pairs_per_step", "5"],
