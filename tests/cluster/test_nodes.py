@@ -169,6 +169,7 @@ def test_a_mistake_is_said_once_with_its_code(nodes, folder):
     assert codes == [2]
     assert said.count("error: ") == 1
     assert "pairs.jsonl" in said
+    assert "(on node" in said
     expect_none_left(nodes, folder)
 
 
