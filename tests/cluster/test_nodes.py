@@ -40,9 +40,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     machines.remove()
 
 
-def launch(nodes: Nodes, folder: Path) -> "subprocess.Popen[str]":
-    # A machine that is silent for three seconds is lost, and what it leaves has ten to end.
-    options = ["--hostfile", "hostfile", "--silence", "3", "--grace", "10", "--script", TELLING]
+def launch(nodes: Nodes, folder: Path, *, grace_s: int = 60) -> "subprocess.Popen[str]":
+    # A machine that is silent for three seconds is lost.
+    options = ["--hostfile", "hostfile", "--silence", "3", "--grace", str(grace_s), "--script", TELLING]
     command = [PYTHON, "-m", "dpo_ds", "launch", "--on", "ssh", *options, "--config", folder / "run.yaml", *ODD]
     return nodes.start(0, command, cwd=folder, env=ENVIRONMENT)
 
@@ -98,7 +98,7 @@ def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
     expect_none_left(nodes, folder)
 
     # A cut link: the job ends and says whose, and nothing goes on behind the cut.
-    job = launch(nodes, folder)
+    job = launch(nodes, folder, grace_s=3)
     wait_for_steps(EVERY + 5, folder, job)
     nodes.plug(1, "down")
     expect_lost(nodes, folder, job)
@@ -113,7 +113,7 @@ def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):
     expect_none_left(nodes, folder)
 
     # A machine without power.
-    job = launch(nodes, folder)
+    job = launch(nodes, folder, grace_s=3)
     wait_for_steps(2 * EVERY + 5, folder, job)
     nodes.power_off(1)
     expect_lost(nodes, folder, job)
@@ -169,6 +169,7 @@ def test_a_mistake_is_said_once_with_its_code(nodes, folder):
     assert codes == [2]
     assert said.count("error: ") == 1
     assert "pairs.jsonl" in said
+    assert "(on node" in said
     expect_none_left(nodes, folder)
 
 
