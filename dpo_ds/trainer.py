@@ -50,7 +50,6 @@ class Trained:
     pairs: int
     tokens: int
     train_seconds: float
-    evaluation: dict[str, float] | None = None
 
 
 def schedule_of(config: RunConfig, train: PreparedPairs) -> Schedule:
@@ -192,6 +191,7 @@ class Trainer:
                     train_seconds=self._progress.train_seconds + metrics["step_seconds"],
                     evaluation=None,
                 )
+                self._checkpoints.finish_if_written()
                 self._heed_watchdog(step, metrics)
                 if self._is_due(self._config.train.eval_every, step):
                     evaluation = self.evaluate(after_step=step)
@@ -200,8 +200,9 @@ class Trainer:
                     self.save()
         # The export comes next.
         self._world.enter("save")
+        self._checkpoints.finish()
         self._check_reference()
-        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds, self._progress.evaluation)
+        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
     @torch.no_grad()
     def save(self) -> None:
@@ -347,6 +348,7 @@ class Trainer:
             tqdm.write(f"warning: {finding}", file=sys.stderr)
 
     def _last_checkpoint(self) -> str:
+        self._checkpoints.finish()
         found, _ = complete_checkpoints(self._checkpoints.folder)
         return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
 
@@ -424,6 +426,7 @@ class Trainer:
             step, checkpoint = self._progress.step, None
             if step:
                 self.save()
+                self._checkpoints.finish()
                 checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
             raise Stopped(reason.name, step=step, checkpoint=checkpoint)
 
