@@ -124,7 +124,7 @@ def preflight(run: Run, *, ranks: int, trains: bool = True) -> Inputs:
     _check_export(run.config)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        inputs = _checked(run, folder, ranks, checkpoints)
+        inputs = _checked(run, folder, ranks, checkpoints, trains=trains)
     except UserError:
         _remove(created)
         raise
@@ -227,7 +227,7 @@ def _last_step(metrics: Path) -> float:
         return float("inf")
 
 
-def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) -> Inputs:
+def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], *, trains: bool) -> Inputs:
     _check_loss(run.config)
     cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
@@ -240,7 +240,7 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...]) 
     commits = _fetched(config, reference=reference, weights=not run.dry_run)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     _check_models(config, policy, reference, tokenizer)
-    _check_room(config, folder)
+    _check_room(config, folder, trains=trains)
 
     stream = _stream(config, tokenizer, folder / "data") if config.data.streaming else None
     train = open_prepared(stream.sample) if stream else _prepared(config, config.data.train, tokenizer, folder / "data")
@@ -446,21 +446,26 @@ def _fetched(config: RunConfig, *, reference: str | None, weights: bool) -> dict
     return {name: commit for name, commit in found.items() if commit is not None}
 
 
-def _check_room(config: RunConfig, folder: Path) -> None:
+def _check_room(config: RunConfig, folder: Path, *, trains: bool) -> None:
     """Looks, long before the engines do, for room for the export, and for a checkpoint where one will be saved."""
     weights = Path(held(config.model.policy))
     parameters = stored_parameters(weights) if weights.exists() else None
     if parameters is None:
         return
-    each = _DTYPES[config.model.dtype].itemsize
-    needed = parameters * (each + (BYTES_PER_PARAMETER if config.checkpoint.every is not None else 0))
-    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(above).free
-    if free < needed:
-        raise UserError(
-            f"output_dir {folder} needs about {needed / 2**30:.1f} GiB for {parameters / 1e6:.0f} million parameters, "
-            f"and {free / 2**30:.1f} GiB are free; make room, or name another folder"
-        )
+    wanted = {_export_folder(config): parameters * _DTYPES[config.model.dtype].itemsize}
+    if trains and config.checkpoint.every is not None:
+        wanted[folder / CHECKPOINTS_FOLDER] = parameters * BYTES_PER_PARAMETER
+    needed: dict[int, int] = {}  # by file system
+    for place, size in wanted.items():
+        above = next(there for there in (place.absolute(), *place.absolute().parents) if there.exists())
+        system = above.stat().st_dev
+        needed[system] = needed.get(system, 0) + size
+        free = shutil.disk_usage(above).free
+        if free < needed[system]:
+            raise UserError(
+                f"{place} needs about {needed[system] / 2**30:.1f} GiB for {parameters / 1e6:.0f} million parameters, "
+                f"and {free / 2**30:.1f} GiB are free; make room, or name another folder"
+            )
 
 
 def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any]]:

@@ -86,12 +86,13 @@ def start(
             return
         folder = Path(run.config.output_dir) if trains else None
         request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
-        inputs = None
+        inputs, config = None, run.config
+        written = config.output_dir if trains or config.export.folder is None else config.export.folder
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:
                 with _node_named(identity):
                     # Reading and tokenizing may take hours.
-                    meeting.compare(_facts(run, identity), folder=Path(run.config.output_dir))
+                    meeting.compare(_facts(run, identity), folder=Path(written))
                     inputs = preflight(run, ranks=identity.size, trains=trains)
                 meeting.vouch(inputs.facts)
             meeting.wait()

@@ -80,7 +80,7 @@ class Meeting:
 
         Args:
             facts: what must be the same on all nodes, by names that a person understands.
-            folder: the run's output folder, which may not exist yet and must be one for all.
+            folder: where ranks will write, which may not exist yet and must be one for all.
 
         Raises:
             UserError: a fact is another one on node 0, or the folder is.
@@ -108,7 +108,7 @@ class Meeting:
         try:
             probe.touch()
         except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be written ({error.strerror}); name another folder") from error
+            raise UserError(f"{folder} cannot be written ({error.strerror}); name another folder") from error
         try:
             yield probe
         finally:
@@ -120,7 +120,7 @@ class Meeting:
         while not probe.exists():
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"output_dir {folder} is not the same folder on {socket.gethostname()} as on {first}, the first "
+                    f"{folder} is not the same folder on {socket.gethostname()} as on {first}, the first "
                     "node; name one on a file system that all nodes share"
                 )
             time.sleep(_POLL_S)

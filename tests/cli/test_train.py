@@ -182,7 +182,9 @@ def test_a_disk_that_is_too_small_for_the_export_is_found_before_the_engines(fil
     with pytest.raises(SystemExit) as left:
         main(["--config", "run.yaml"])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("error: output_dir out needs about 0.0 GiB for 0 million parameters")
+    assert capsys.readouterr().err.startswith(
+        f"error: {Path('out/export')} needs about 0.0 GiB for 0 million parameters"
+    )
     assert not (files / "out").exists()
 
 

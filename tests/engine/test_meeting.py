@@ -118,7 +118,7 @@ def test_a_folder_that_a_node_has_for_itself_is_found_before_anything_else(tmp_p
     first, second = together(check, monkeypatch)
     assert first == "PeerError: "
     host = os.uname().nodename
-    expected = f"UserError: output_dir {tmp_path} is not the same folder on {host} as on {host}, the first node"
+    expected = f"UserError: {tmp_path} is not the same folder on {host} as on {host}, the first node"
     assert str(second).startswith(expected)
     assert not list(tmp_path.iterdir())
 
