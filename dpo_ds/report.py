@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dpo_ds.files import write_whole
 
 _TRAIN, _EVAL, _REJECTED, _QUIET = "#7fa3cc", "#12355b", "#c8553d", "#8a8a8a"
 _SMOOTHED_FROM = 30
@@ -21,7 +24,7 @@ def plot_curves(metrics_path: Path, png_path: Path) -> None:
 
     Args:
         metrics_path: the run's ``metrics.jsonl``.
-        png_path: the picture; an earlier one is replaced.
+        png_path: the picture; complete or not at all; an earlier one is replaced.
     """
     lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if line["split"] == "train"]
@@ -54,7 +57,9 @@ def plot_curves(metrics_path: Path, png_path: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
     for axes in (margin, rewards):
         axes.set_xlabel("optimizer step")
-    figure.savefig(png_path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(png_path, picture.getvalue())
 
 
 def _points(lines: Iterable[Line], name: str) -> tuple[list[int], list[float]]:

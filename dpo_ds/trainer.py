@@ -60,7 +60,6 @@ class Trained:
     pairs: int
     tokens: int
     train_seconds: float
-    evaluation: dict[str, float] | None = None
 
 
 def objective_of(config: RunConfig) -> Objective:
@@ -222,6 +221,7 @@ class Trainer:
                     evaluation=None,
                     running={name: list(running) for name, running in self._running.items()} or None,
                 )
+                self._checkpoints.finish_if_written()
                 self._heed_watchdog(step, metrics)
                 if self._is_due(self._config.train.eval_every, step):
                     evaluation = self.evaluate(after_step=step)
@@ -230,8 +230,9 @@ class Trainer:
                     self.save()
         # The export comes next.
         self._world.enter("save")
+        self._checkpoints.finish()
         self._check_reference()
-        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds, self._progress.evaluation)
+        return Trained(steps, total, self._progress.tokens, self._progress.train_seconds)
 
     @torch.no_grad()
     def save(self) -> None:
@@ -396,6 +397,7 @@ class Trainer:
             tqdm.write(f"warning: {finding}", file=sys.stderr)
 
     def _last_checkpoint(self) -> str:
+        self._checkpoints.finish()
         found, _ = complete_checkpoints(self._checkpoints.folder)
         return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
 
@@ -475,6 +477,7 @@ class Trainer:
             step, checkpoint = self._progress.step, None
             if step:
                 self.save()
+                self._checkpoints.finish()
                 checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
             raise Stopped(reason.name, step=step, checkpoint=checkpoint)
 

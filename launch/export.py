@@ -1,6 +1,6 @@
-"""A checkpoint as a Hugging Face folder: deepspeed launch/export.py --config RUN.yaml [--out FOLDER]"""
+"""The model of a checkpoint: deepspeed launch/export.py --config RUN.yaml [--section.key value ...]"""
 
-from dpo_ds.cli.export_checkpoint import main
+from dpo_ds.cli.export import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_ds.cli.train import checked, start
+from dpo_ds.cli.train import start
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start([*(sys.argv[1:] if argv is None else argv), "--reference.mode", "cache"], _fill, check=checked)
+    start([*(sys.argv[1:] if argv is None else argv), "--reference.mode", "cache"], _fill)
 
 
 def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:

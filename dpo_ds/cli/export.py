@@ -1,66 +1,32 @@
-"""The policy as a Hugging Face folder, proven: at a run's end, and out of any checkpoint."""
+"""``launch/export.py``: from argv to the model of a checkpoint, without training."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dpo_ds.config import RunConfig
-from dpo_ds.engine import PolicyEngine, World, initialize_reference
-from dpo_ds.engine.export import export
-from dpo_ds.gate import check_export
-from dpo_ds.model_card import model_card
-from dpo_ds.models.causal_lm import load_model_config
-from dpo_ds.models.tokenizer import load_tokenizer
-from dpo_ds.tracking import versions
+from dpo_ds.cli.train import start
+from dpo_ds.launcher.identity import Identity
+from dpo_ds.launcher.signals import StopRequest
+
+if TYPE_CHECKING:
+    from dpo_ds.cli.preflight import Inputs
+    from dpo_ds.engine.meeting import Meeting
 
 
-def export_model(
-    policy: PolicyEngine,
-    folder: Path,
-    *,
-    config: RunConfig,
-    tokenizer: str,
-    reference_config: Mapping[str, Any],
-    step: int,
-    evaluation: Mapping[str, float] | None,
-    world: World,
-) -> None:
-    """Exports a policy, opens the files again as a frozen engine, and lets both score a pair; collective.
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a run's newest complete checkpoint, or that of ``--checkpoint.resume PATH``, on this rank.
+
+    Exits as ``launch/train.py`` does.
 
     Args:
-        policy: the engine.
-        folder: where the model goes.
-        config: the run's, with its paths where they were found.
-        tokenizer: folder, file or hub id.
-        reference_config: resolved DeepSpeed config of a frozen engine.
-        step: optimizer steps behind the weights.
-        evaluation: means over the held-out pairs after that step, or None.
-        world: the ranks.
-
-    Raises:
-        UserError: the files cannot be written.
-        RunError: they are not the policy.
+        argv: the arguments behind the script's name; None takes the process's.
     """
-    trust = config.model.trust_remote_code
+    start(sys.argv[1:] if argv is None else argv, _export, trains=False)
 
-    def prove(written: Path) -> None:
-        reopened = initialize_reference(
-            str(written),
-            world=world,
-            config=reference_config,
-            dtype=policy.dtype,
-            attention=config.model.attention,
-            trust_remote_code=trust,
-        )
-        check_export(policy, reopened, world=world)
-        reopened.free()
 
-    export(
-        policy,
-        load_tokenizer(tokenizer, trust_remote_code=trust),
-        folder,
-        config=load_model_config(config.model.policy, trust_remote_code=trust),
-        world=world,
-        card=model_card(config, step=step, evaluation=evaluation, versions=versions()),
-        prove=prove,
-    )
+def _export(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
+    # Only now, so that --help and a mistyped key are answered at once. A signal ends this at once: there is nothing to
+    # save, and the next start clears away what is left.
+    from dpo_ds.cli.publish import export_checkpoint
+
+    export_checkpoint(inputs, identity, meeting)

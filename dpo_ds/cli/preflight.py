@@ -24,6 +24,7 @@ from dpo_ds.engine.checkpoint import (
     step_of,
 )
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
+from dpo_ds.engine.export import why_not_replaceable
 from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.engine.policy import swaps_to_files
 from dpo_ds.errors import UserError
@@ -45,7 +46,7 @@ class Inputs:
         reference: folder or hub id of the frozen model, None for reference-free losses.
         tokenizer: folder, file or hub id.
         policy_config: the policy's resolved DeepSpeed config.
-        reference_config: the reference's, None without one.
+        reference_config: that of engines without an optimizer: the reference's, if there is one, and the export's.
         train: folder of the prepared training pairs.
         evaluation: folder of the prepared held-out pairs, or None.
         cache: folder of cached log-probs, None where none are kept.
@@ -60,7 +61,7 @@ class Inputs:
     reference: str | None
     tokenizer: str
     policy_config: dict[str, Any]
-    reference_config: dict[str, Any] | None
+    reference_config: dict[str, Any]
     train: Path
     evaluation: Path | None
     cache: Path | None
@@ -86,25 +87,32 @@ class Inputs:
         )
 
     @property
+    def export_folder(self) -> Path:
+        """Where the trained model goes."""
+        return _export_folder(self.config)
+
+    @property
     def layout(self) -> Literal["auto", "packed", "padded"]:
         """How pairs may share rows."""
         # Packed rows bring an attention of their own, so that one that the user names speaks for padded rows.
         return self.config.train.layout if self.config.model.attention == "auto" else "padded"
 
 
-def preflight(run: Run, *, ranks: int) -> Inputs:
+def preflight(run: Run, *, ranks: int, trains: bool = True) -> Inputs:
     """Checks a run and prepares its data.
 
     Args:
         run: the parsed command line.
         ranks: of the whole job.
+        trains: whether the run begins or goes on; else a checkpoint of it is exported.
 
     Raises:
         UserError: the run cannot work; nothing that this call wrote is left.
         RunError: a process that prepares data was killed; what it had whole is gone on from.
     """
     folder = Path(run.config.output_dir)
-    checkpoints = _checkpoints(run, folder)
+    checkpoints = _checkpoints(run, folder) if trains else _checkpoints_to_export(run, folder)
+    _check_export(run.config)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         inputs = _checked(run, folder, ranks, checkpoints)
@@ -113,6 +121,8 @@ def preflight(run: Run, *, ranks: int) -> Inputs:
         raise
     if run.dry_run:
         _remove(created)
+    if not trains:
+        inputs = replace(inputs, plan=f"exporting {checkpoints[0]} to {inputs.export_folder}")
     return inputs
 
 
@@ -123,78 +133,6 @@ def _remove(created: Sequence[Path]) -> None:
     for parent in created[1:]:
         with suppress(OSError):
             parent.rmdir()
-
-
-@dataclass(frozen=True)
-class Checkpointed:
-    """A checkpoint that is to be exported, found and checked.
-
-    Attributes:
-        config: the run's config, with the places where its paths were found.
-        tokenizer: folder, file or hub id.
-        policy_config: the policy's resolved DeepSpeed config.
-        reference_config: that of the frozen engine which reads the export back.
-        checkpoint: the folder.
-        out: where the model goes.
-    """
-
-    config: RunConfig
-    tokenizer: str
-    policy_config: dict[str, Any]
-    reference_config: dict[str, Any]
-    checkpoint: Path
-    out: Path
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return _DTYPES[self.config.model.dtype]
-
-    @property
-    def plan(self) -> str:
-        """What will happen, for a person to read."""
-        return f"{'export':>10}  {self.checkpoint} to {self.out}"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What must be the same on all nodes, by names that a person understands."""
-        named = {f"the version of {name}": str(version) for name, version in versions().items()}
-        return named | {"the checkpoint": str(self.checkpoint), "--out": str(self.out)}
-
-
-def find_checkpoint(run: Run, *, out: Path | None) -> Checkpointed:
-    """Finds the checkpoint that is to be exported.
-
-    Args:
-        run: the parsed command line; ``checkpoint.resume`` may name a checkpoint, else it is the newest complete one.
-        out: where the model goes; by default ``export`` in the output folder.
-
-    Raises:
-        UserError: there is none, or it was made from another model or dtype.
-    """
-    folder, resume = Path(run.config.output_dir), run.config.checkpoint.resume
-    if resume in ("auto", "never"):
-        complete, damaged = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
-        if not complete:
-            why = damaged[0] if damaged else f"there is none in {folder / CHECKPOINTS_FOLDER}"
-            raise UserError(f"no checkpoint can be exported: {why}; name one with --checkpoint.resume")
-        checkpoint = complete[0]
-    else:
-        checkpoint = Path(resolve_path(resume, key="checkpoint.resume", run_file=run.file))
-        _check_named(checkpoint, newer=())
-    run = run._replace(config=_located(run))
-    run, policy_config, _ = _deepspeed_configs(run)
-    config = run.config
-    check_origin(checkpoint, read_saved(checkpoint).origin, {"model.dtype": config.model.dtype}, allowed=())
-    build_extensions(policy_config)
-    return Checkpointed(
-        config=config,
-        tokenizer=config.model.tokenizer or config.model.policy,
-        policy_config=policy_config,
-        reference_config=reference_ds_config(config.deepspeed.reference, dtype=config.model.dtype),
-        checkpoint=checkpoint,
-        out=out or folder / "export",
-    )
 
 
 def _checkpoints(run: Run, folder: Path) -> tuple[Path, ...]:
@@ -222,6 +160,35 @@ def _checkpoints(run: Run, folder: Path) -> tuple[Path, ...]:
     if _last_step(folder / METRICS_FILE) > (run.config.checkpoint.every or 0):
         _refuse_another_run(folder)
     return ()
+
+
+def _checkpoints_to_export(run: Run, folder: Path) -> tuple[Path, ...]:
+    resume = run.config.checkpoint.resume
+    if resume not in ("auto", "never"):
+        named = Path(resolve_path(resume, key="checkpoint.resume", run_file=run.file))
+        _check_named(named, newer=())
+        return (named,)
+    own, damaged = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
+    if not own:
+        why = f": {damaged[0]}" if damaged else ""
+        raise UserError(
+            f"output_dir {folder} holds no complete checkpoint to export{why}; name one: --checkpoint.resume PATH"
+        )
+    for problem in damaged:
+        print(f"warning: {problem}; an older checkpoint is taken", flush=True)
+    return tuple(own)
+
+
+def _check_export(config: RunConfig) -> None:
+    folder = _export_folder(config)
+    if problem := why_not_replaceable(folder):
+        raise UserError(problem)
+    if config.export.folder is not None:
+        _check_writable(folder.parent, key="export.folder")
+
+
+def _export_folder(config: RunConfig) -> Path:
+    return Path(config.export.folder or Path(config.output_dir) / "export")
 
 
 def _refuse_another_run(folder: Path) -> None:
@@ -380,15 +347,17 @@ def _cache_folder(config: RunConfig, folder: Path) -> Path | None:
     if config.reference.mode != "cache":
         return None
     cache = Path(config.reference.cache_dir or folder / "reference").expanduser()
-    # Nothing is tried out: another node may do the same in the same place.
-    above = next(place for place in (cache, *cache.absolute().parents) if place.exists())
-    if not above.is_dir():
-        raise UserError(f"reference.cache_dir must be a folder, got {cache}: {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(
-            f"reference.cache_dir {cache} cannot be written: no right to write in {above}; name another folder"
-        )
+    _check_writable(cache, key="reference.cache_dir")
     return cache
+
+
+def _check_writable(folder: Path, *, key: str) -> None:
+    # Nothing is tried out: another node may do the same in the same place.
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise UserError(f"{key} must be a folder, got {folder}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{key} {folder} cannot be written: no right to write in {above}; name another folder")
 
 
 def _located(run: Run) -> RunConfig:
@@ -426,13 +395,11 @@ def _located(run: Run) -> RunConfig:
     )
 
 
-def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any] | None]:
+def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     policy = run.config.deepspeed.policy
     run = settle(run, stated_values(policy), source=policy)
     dtype, clipping = run.config.model.dtype, run.config.train.gradient_clipping
     policy_config = policy_ds_config(policy, dtype=dtype, gradient_clipping=clipping)
-    if run.config.reference.mode == "none":
-        return run, policy_config, None
     return run, policy_config, reference_ds_config(run.config.deepspeed.reference, dtype=dtype)
 
 

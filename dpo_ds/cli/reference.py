@@ -63,7 +63,6 @@ def cached_reference(inputs: Inputs, *, world: World, agreement: Agreement, chec
 def _complete(cached: CachedReference, inputs: Inputs, world: World, agreement: Agreement) -> None:
     config = inputs.config
     assert inputs.reference is not None
-    assert inputs.reference_config is not None
     reference = initialize_reference(
         inputs.reference,
         world=world,

@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dpo_ds.cli.export import export_model
+from dpo_ds.cli.model_card import last_evaluation
 from dpo_ds.cli.preflight import Inputs
+from dpo_ds.cli.publish import export_policy, push_to_hub
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepare import PreparedPairs, open_prepared
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
-from dpo_ds.engine.ds_config import reference_ds_config
 from dpo_ds.engine.export import lack_of_room
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
 from dpo_ds.errors import Stopped, UserError
+from dpo_ds.files import write_whole
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
-from dpo_ds.report import plot_curves
 from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
@@ -62,6 +62,8 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
     world.leave()
+    if world.rank == 0:
+        push_to_hub(inputs)
 
 
 def _introduce(world: World) -> None:
@@ -112,10 +114,11 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        background=config.checkpoint.background,
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
-    world.agree(lack_of_room(engines.policy, folder) if world.rank == 0 else None)
+    world.agree(lack_of_room(engines.policy, inputs.export_folder) if world.rank == 0 else None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.
@@ -146,25 +149,25 @@ def _train(inputs: Inputs, agreement: Agreement, world: World) -> None:
         tracker.finish({"status": "stopped", "reason": stopped.reason, "steps": stopped.step})
         raise
     if engines.reference is not None:
-        engines.reference.free()  # what reads the export back takes its place
-    export_model(
+        engines.reference.free()  # the export is loaded again in its place
+    export_policy(
+        inputs,
         engines.policy,
-        folder / "export",
-        config=config,
-        tokenizer=inputs.tokenizer,
-        reference_config=inputs.reference_config
-        or reference_ds_config(config.deepspeed.reference, dtype=config.model.dtype),
         step=trained.steps,
-        evaluation=trained.evaluation,
+        tokens=trained.tokens,
+        evaluation=last_evaluation(folder, step=trained.steps),
+        packed=packed,
         world=world,
     )
     summary = _summary(trained, world)
     if world.rank == 0:
-        write_summary(folder, summary)
+        from dpo_ds.report import plot_curves  # half a second that the other ranks need not spend
+
         plot_curves(folder / METRICS_FILE, folder / "curves.png")
-        # Last, since wandb may take its time.
+        write_summary(folder, summary)  # last: it says that the run is complete
+        # Behind all else, since wandb may take its time.
         tracker.finish(summary)
-        print(f"exported to {folder / 'export'}, curves in {folder / 'curves.png'}")
+        print(f"exported to {inputs.export_folder}, curves in {folder / 'curves.png'}")
 
 
 def _same_pairs(path: Path, world: World) -> PreparedPairs:
@@ -206,7 +209,7 @@ def _tracker(inputs: Inputs, world: World, start: Progress) -> Tracker:
         return Tracker()
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # What the workers get in their environment may be secret, and stays out of files.
-    (folder / "config.yaml").write_text(dump_yaml(replace(config, env={})))
+    write_whole(folder / "config.yaml", dump_yaml(replace(config, env={})).encode())
     shown = {section: values for section, values in asdict(config).items() if section != "env"}
     return open_tracker(
         folder,

@@ -1,13 +1,15 @@
 """``launch/train.py``: from argv to a trained and exported model."""
 
+import errno
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
-from dpo_ds.config import Run, parse_run
+from dpo_ds.config import parse_run
 from dpo_ds.errors import PeerError, RunError, Stopped, UserError
 from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _GRACE_S = 30
 _HEAD_START_S = 2  # of the rank that speaks
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,14 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start(sys.argv[1:] if argv is None else argv, _train, check=checked)
-
-
-def checked(run: Run, *, ranks: int) -> "Inputs":
-    """Does what ``preflight`` does, which takes torch to be imported."""
-    from dpo_ds.cli.preflight import preflight
-
-    return preflight(run, ranks=ranks)
+    start(sys.argv[1:] if argv is None else argv, _train)
 
 
 def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
@@ -48,33 +44,19 @@ def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", requ
     train(inputs, identity, meeting, request)
 
 
-class Checked(Protocol):
-    """What a check of a run has found."""
-
-    @property
-    def plan(self) -> str:
-        """What will happen, for a person to read."""
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What must be the same on all nodes, by names that a person understands."""
-
-
-Found = TypeVar("Found", bound=Checked)
-
-
 def start(
     argv: Sequence[str],
-    work: "Callable[[Found | None, Identity, Meeting, StopRequest], None]",
+    work: "Callable[[Inputs | None, Identity, Meeting, StopRequest], None]",
     *,
-    check: "Callable[..., Found]",
+    trains: bool = True,
 ) -> None:
     """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says.
 
     Args:
         argv: the arguments behind the script's name.
-        work: what every rank does; what was found is None on ranks that do not speak for their node.
-        check: called with the run and, as ``ranks``, the number of ranks, before any engine is built.
+        work: what every rank does; the inputs are None on ranks that do not speak for their node.
+        trains: whether it begins a run or goes on with one; else it takes what a run has saved, and leaves its folder
+            as it is.
     """
     try:
         identity = Identity.from_environment()
@@ -86,18 +68,24 @@ def start(
     try:
         run = parse_run(argv)
         os.environ.update(run.config.env)
-        if run.dry_run:
-            if identity.rank == 0:
-                print(check(run, ranks=identity.size).plan)
-            return
-        folder = Path(run.config.output_dir)
-        request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
+        # What an import makes stays: looking through it again and again would be a quarter of the start, and a third of
+        # a second of each save, before which DeepSpeed collects.
+        gc.disable()
+        from dpo_ds.cli.preflight import preflight
         from dpo_ds.engine.meeting import Meeting
 
+        gc.freeze()
+        gc.enable()
+        if run.dry_run:
+            if identity.rank == 0:
+                print(preflight(run, ranks=identity.size, trains=trains).plan)
+            return
+        folder = Path(run.config.output_dir) if trains else None
+        request = StopRequest(stop_after_s=run.stop_after_s, job_time_left_s=job_time_left())
         inputs = None
         with Meeting(identity) as meeting:
             if identity.speaks_for_node:
-                inputs = check(run, ranks=identity.size)
+                inputs = preflight(run, ranks=identity.size, trains=trains)
                 meeting.vouch(inputs.facts)
             meeting.wait()
         if inputs is not None and identity.rank == 0:
@@ -113,12 +101,18 @@ def start(
             print(stopped, flush=True)
         sys.exit(STOPPED_CODE)
     except (UserError, RunError) as error:
-        if folder is not None and identity.rank == 0:
-            unmark(folder)  # a scheduler that started this run again would meet the same error
-        _leave(identity, error)
+        _leave(identity, error, folder)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or f"output_dir {run.config.output_dir}"
+        mended = "make room and make it writable; the same command goes on from the last checkpoint"
+        _leave(identity, UserError(f"{place} cannot be written ({error.strerror}); {mended}"), folder)
 
 
-def _leave(identity: Identity, error: UserError | RunError) -> NoReturn:
+def _leave(identity: Identity, error: UserError | RunError, folder: Path | None) -> NoReturn:
+    if folder is not None and identity.rank == 0:
+        unmark(folder)  # a scheduler that started this run again would meet the same error
     if not identity.speaks_for_node:
         # The rank that speaks meets the same error, and its exit makes the launcher end this one. To leave first would
         # make the launcher end that one instead, perhaps before it has spoken.

@@ -1,6 +1,7 @@
 """The run file's keys with their types, defaults and ranges. Reads no file and no argv."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from operator import attrgetter
@@ -188,7 +189,21 @@ class CheckpointConfig:
     keep: int = _key(2, "how many of the newest are kept")
     keep_every: int | None = _key(None, "checkpoints of the steps that it divides are never removed")
     keep_best: str | None = _key(None, "an evaluation's mean, such as rewards/accuracies, whose best checkpoint stays")
+    background: bool = _key(
+        False,
+        "copy each rank's part in host memory (12 bytes a parameter, over all ranks) and write it meanwhile",
+    )
     resume: str = _key("auto", "auto: from the newest checkpoint in output_dir, if any | never | a checkpoint's PATH")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Where the trained model goes."""
+
+    folder: str | None = _key(None, "folder of the exported model; null: output_dir/export")
+    push_to_hub: str | None = _key(
+        None, "hub id that the verified export is pushed to, with the token in HF_TOKEN; null: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -232,6 +247,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: EnginesConfig = field(default_factory=EnginesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     watchdogs: WatchdogsConfig = field(default_factory=WatchdogsConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
@@ -340,6 +356,12 @@ def check(config: RunConfig) -> None:
             "null unless train.eval_every divides checkpoint.every",
         ),
         ("checkpoint.resume", bool(checkpoint.resume.strip()), "auto, never, or the path of a checkpoint"),
+        ("export.folder", config.export.folder is None or bool(config.export.folder.strip()), "the name of a folder"),
+        (
+            "export.push_to_hub",
+            config.export.push_to_hub is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", config.export.push_to_hub)),
+            "null or a hub id such as NAME/MODEL",
+        ),
         ("tracking.log_every", config.tracking.log_every >= 1, ">= 1"),
         (
             "watchdogs.not_moving_steps",

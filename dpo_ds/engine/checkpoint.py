@@ -8,10 +8,12 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from dpo_ds.config import shown
-from dpo_ds.engine.files import measured, settled, sync_folder
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.files import measured, settled, sync_folder
 
 CHECKPOINTS_FOLDER = "checkpoints"
 COMPLETE = "COMPLETE"
@@ -161,6 +163,41 @@ def surplus(steps: Collection[int], *, keep: int, keep_every: int | None, best: 
     return set(sorted(steps)[:-keep]) - lasting
 
 
+_Files = dict[str, tuple[int, str]]
+
+
+class _Writing:
+    """A checkpoint that this rank is writing its files of, perhaps in a thread of its own.
+
+    Attributes:
+        aside: where the files are until all are there.
+        target: where they belong.
+        saved: what the checkpoint says of itself.
+        is_over: set when this rank has written, or failed to.
+        problem: why it failed, or None.
+        files: sizes and checksums of this rank's.
+    """
+
+    def __init__(self, aside: Path, target: Path, saved: Saved, write: Callable[[], _Files]) -> None:
+        self.aside, self.target, self.saved = aside, target, saved
+        self.is_over = Event()
+        self.problem: str | None = None
+        self.files: _Files = {}
+        self._write = write
+
+    def work(self) -> None:
+        """Writes; what fails is noted, since the other ranks would wait for one that raised."""
+        try:
+            self.files = self._write()
+        except OSError as error:
+            self.problem = first_line(error)
+        except BaseException as error:
+            self.problem = repr(error)
+            raise
+        finally:
+            self.is_over.set()
+
+
 class Checkpoints:
     """A run's checkpoints. Every method is collective."""
 
@@ -175,6 +212,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int | None = None,
         keep_best: str | None = None,
+        background: bool = False,
     ) -> None:
         """Names the place; nothing is written yet.
 
@@ -188,6 +226,7 @@ class Checkpoints:
             keep_every: checkpoints of the steps that it divides stay, too.
             keep_best: name of the evaluation's mean whose best checkpoint stays, too: the lowest loss, or the highest
                 of anything else.
+            background: whether ``save`` copies this rank's part and lets a thread write it.
         """
         self.folder = folder
         self._policy = policy
@@ -195,6 +234,8 @@ class Checkpoints:
         self._origin = origin
         self._versions = versions
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._background = background
+        self._writing: _Writing | None = None
 
     def check_place(self, *, will_save: bool = True) -> None:
         """Tries out, before it matters, whether ranks can save there, and removes what killed saves have left.
@@ -238,7 +279,8 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Saves all that a run needs to go on behind ``progress.step``; a checkpoint of that step is replaced.
 
-        Gradients that wait for their step are not part of it.
+        Gradients that wait for their step are not part of it. One that is still written in the background is completed
+        first; this one may be in the background when the method returns.
 
         Raises:
             UserError: the files cannot be written, or rank 0 does not see every rank's; nothing half-written is left.
@@ -248,10 +290,11 @@ class Checkpoints:
                 f"nothing is saved in {self.folder}: the policy's ds_config offloads to nvme, from where DeepSpeed "
                 "does not bring weights back; offload to cpu to be able to stop and go on"
             )
+        self.finish()
         target = self.folder / f"step-{progress.step:08d}"
         aside = target.with_name(target.name + _ASIDE)
         weights, optimizer = self._policy.fingerprint(), self._policy.optimizer_fingerprint()
-        problem, files = None, dict[str, tuple[int, str]]()
+        problem = None
         if self._world.rank == 0:
             try:
                 self._make_room_aside(aside)
@@ -259,26 +302,57 @@ class Checkpoints:
             except OSError as error:
                 problem = self._unwritable(error)
         self._agree(problem, aside)
-        problem = self._policy.save(aside)
-        if problem is None:
-            try:
-                # Not by save_file, whose files nobody else may read, whatever the user's umask.
-                (aside / _random_file(self._world.rank)).write_bytes(serialized(_random_state()))
-                files = {path.name: settled(path) for path in self._mine(aside)}
-            except OSError as error:
-                problem = first_line(error)
-        self._agree(problem and self._unwritable(problem), aside)
-        everything = {name: entry for part in self._world.gather(files) for name, entry in part.items()}
+        saved = Saved(progress, dict(self._origin), weights, optimizer, self._world.size, dict(self._versions))
+        shards, random_state = self._policy.save(aside, later=self._background), serialized(_random_state())
+        self._writing = _Writing(aside, target, saved, partial(self._write, aside, shards, random_state))
+        if self._background:
+            Thread(target=self._writing.work, name="checkpoint", daemon=True).start()
+        else:
+            self._writing.work()
+            self.finish()
+
+    def finish_if_written(self) -> None:
+        """Completes a checkpoint that is written in the background, if all ranks' files are there by now.
+
+        Raises:
+            UserError: as ``save`` does.
+        """
+        if self._writing is not None:
+            written = torch.tensor(float(self._writing.is_over.is_set()), device=self._world.device)
+            if self._world.sum(written) == self._world.size:
+                self.finish()
+
+    def finish(self) -> None:
+        """Completes the checkpoint that is written in the background, if there is one, and waits for it.
+
+        Raises:
+            UserError: as ``save`` does.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        writing.is_over.wait()
+        aside = writing.aside
+        self._agree(writing.problem and self._unwritable(writing.problem), aside)
+        everything = {name: entry for part in self._world.gather(writing.files) for name, entry in part.items()}
+        problem = None
         if self._world.rank == 0:
-            saved = Saved(progress, dict(self._origin), weights, optimizer, self._world.size, dict(self._versions))
             try:
                 problem = self._unseen({aside / name: size for name, (size, _) in everything.items()})
                 if problem is None:
-                    self._complete(aside, target, saved, everything)
+                    self._complete(aside, writing.target, writing.saved, everything)
                     self._prune()
             except OSError as error:
                 problem = self._unwritable(error)
         self._agree(problem, aside)
+
+    def _write(self, aside: Path, shards: Callable[[], str | None], random_state: bytes) -> _Files:
+        """Writes this rank's files and returns their sizes and checksums, once they are on the disk."""
+        if problem := shards():
+            raise OSError(problem)
+        # Not by save_file, whose files nobody else may read, whatever the user's umask.
+        (aside / _random_file(self._world.rank)).write_bytes(random_state)
+        return {path.name: settled(path) for path in self._mine(aside)}
 
     def restore(self, candidates: Sequence[Path], *, allowed: Collection[str]) -> Progress:
         """Brings the policy, and every rank's random numbers, to where a checkpoint was saved.

@@ -1,31 +1,66 @@
-"""Writing the policy as a Hugging Face folder, and reading it back to prove it."""
+"""Writing the policy as a Hugging Face folder, a parameter at a time, and proving what was written.
+
+Written aside and fsynced, read back and compared with the live shards, listed with checksums, loaded again as a frozen
+engine that must score as the policy does, and only then renamed.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.tokenization import Tokenizer
-from dpo_ds.engine.files import settled, sync_folder
+from dpo_ds.engine import initialize_reference
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_from_files, stored_buffers
+from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_from_files, shard_of, stored_buffers
 from dpo_ds.engine.world import World
-from dpo_ds.errors import RunError, first_line
+from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.files import settled, sync_folder
+from dpo_ds.models.attention import share_prompts
+
+MAX_SHARD_SIZE = "50GB"
+"""Of one file: what transformers' ``save_pretrained`` says."""
 
 CHECKSUMS = "SHA256SUMS"
-CARD = "README.md"
-_SHARD_BYTES = 2 * 2**30
-_ROOM = 2**24  # for all that is no weight
+_CARD = "README.md"
+_ASIDE, _OLDER = ".tmp", ".old"
+_SPARE_BYTES = 2**26
+"""For all that is not weights: tokenizer, configs, card."""
+_SEEN_WITHIN_S = 10.0
+"""Shared file systems show another node's new file after a few seconds."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How an export is tried out: loaded again, it must score as the live policy does.
+
+    Attributes:
+        batch: the same on every rank.
+        ds_config: of an engine without an optimizer.
+        attention: the policy's.
+        trust_remote_code: the policy's.
+        packed: whether the policy has the attention of packed rows.
+        bound: largest difference of two log-probs, per token; 0 where equal weights score equally to the bit.
+    """
+
+    batch: PairBatch
+    ds_config: Mapping[str, Any]
+    attention: str
+    trust_remote_code: bool
+    packed: bool
+    bound: float
 
 
 def export(
@@ -34,175 +69,295 @@ def export(
     folder: Path,
     *,
     config: PretrainedConfig,
+    card: str,
+    probe: Probe,
     world: World,
-    card: str = "",
-    prove: Callable[[Path], None] = lambda folder: None,
-    shard_bytes: int = _SHARD_BYTES,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes weights, config, generation config, tokenizer, model card and checksums; collective.
+    """Writes weights, config, generation config, tokenizer and model card; collective.
 
-    Weights are gathered one by one. Each rank writes its own files, of which it holds one at a time. The folder
-    appears, in place of an older one, when every rank has found its live shards in the files again. A tied head is
-    stored once, as transformers does.
+    No rank holds more than one parameter whole. Each file has one rank that writes it. A tied head is stored once, as
+    transformers does. The probe needs memory for the weights' shards a second time, in the policy's dtype.
 
     Args:
         policy: the engine.
         tokenizer: the run's.
-        folder: where the model goes.
+        folder: where the model goes, on a file system that all ranks share; an older export there is replaced.
         config: what the model was loaded with; the live one has its dropout off.
+        card: text of the model card.
+        probe: how the files are tried out.
         world: the ranks.
-        card: text of its model card.
-        prove: looks at the finished files on every rank, and raises if they are not what they should be.
-        shard_bytes: bound on the size of a file, unless one weight is larger.
+        max_shard_size: of one file, such as ``5GB``.
 
     Raises:
-        UserError: the files cannot be written; what was there before is still there.
-        RunError: a weight is not finite, or the files do not hold the live weights.
+        UserError: the folder cannot be written, or is not an export; nothing half-written is left.
+        RunError: the files do not hold the live weights, or a weight is not finite, or the files score otherwise.
     """
-    # The last forward has asked for weights of a backward that never came: gathering one of them again would fail.
+    policy.model.eval()
+    with torch.no_grad():
+        expected = policy.score(probe.batch)
+    # That has asked for weights of a backward that never comes: gathering one of them again would fail.
     policy.engine.empty_partition_cache()
-    aside = folder.with_name(folder.name + ".tmp")
+    world.trim_memory()
+    model = policy.model.model
+    contents = _Contents.of(model, max_shard_size)
+    aside = folder.with_name(folder.name + _ASIDE)
     try:
-        _write(policy, tokenizer, aside, config=config, world=world, card=card, shard_bytes=shard_bytes)
-        problems = [found for found in world.gather(difference_from_files(policy.model.model, aside)) if found]
-        if problems:
-            raise RunError(f"the export to {folder} does not hold the policy's weights: {problems[0]}")
-        prove(aside)
-        world.agree(_problem_of(lambda: _replace(folder, aside), folder) if world.rank == 0 else None)
-    except BaseException:
+        world.agree(_begin(aside, folder, contents, policy, tokenizer, config, card) if world.rank == 0 else None)
+        world.agree(_unseen({aside: None}))
+        world.agree(_unwritable(folder, _write_weights(model, aside, contents, world)))
+        world.agree(_unseen({aside / file: contents.size_of(file) for file in contents.files}))
+        _refuse(world, f"the export to {folder} is not what the policy is", _difference(model, aside, contents))
+        _write_checksums(aside, folder, world)
+        _refuse(
+            world,
+            f"the export to {folder} was loaded again",
+            _other_scores(aside, probe, expected, policy.dtype, world),
+        )
+        world.agree(_put_in_place(aside, folder) if world.rank == 0 else None)
+    except (UserError, RunError):  # on all ranks alike
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def lack_of_room(policy: PolicyEngine, folder: Path) -> str | None:
-    """Returns why an export would not fit into a folder's file system, in one line, or None if it would.
-
-    Args:
-        policy: the engine.
-        folder: one that exists.
-    """
-    needed = policy.parameters * policy.dtype.itemsize + _ROOM
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
+def why_not_replaceable(folder: Path) -> str | None:
+    """Returns why an export must not go to a place, in one line, or None if it may."""
+    if not folder.exists() or (folder / CHECKSUMS).exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     return (
-        f"the export needs about {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free; make "
-        "room, or name another folder"
+        f"export.folder {folder} holds something that is no verified export (it has no {CHECKSUMS}), which would be "
+        "replaced; move it away, or name another folder"
     )
 
 
-def _write(
+def lack_of_room(policy: PolicyEngine, folder: Path) -> str | None:
+    """Returns why an export would not fit, in one line, or None if it would.
+
+    Args:
+        policy: the engine.
+        folder: where the model goes.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    needed, free = policy.parameters * policy.dtype.itemsize + _SPARE_BYTES, shutil.disk_usage(there).free
+    if free >= needed:
+        return None
+    return _unwritable(folder, f"it needs {needed / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free")
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Which tensors go into which file; of the tensors, shape and dtype alone."""
+
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, Sequence[str]]
+    index: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_shard_size: str) -> "_Contents":
+        parameters: dict[str, ZeroParameter] = dict(model.named_parameters())
+        hollow = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
+        hollow |= {name: buffer.to("meta") for name, buffer in stored_buffers(model).items()}
+        plan = split_torch_state_dict_into_shards(hollow, max_shard_size=max_shard_size)
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
+        return cls(hollow, plan.filename_to_tensors, index)
+
+    def layout(self, file: str) -> tuple[bytes, list[str]]:
+        return safetensors_layout({name: self.tensors[name] for name in self.files[file]})
+
+    def size_of(self, file: str) -> int:
+        return len(self.layout(file)[0]) + sum(self.tensors[name].nbytes for name in self.files[file])
+
+
+def safetensors_layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """Returns how a safetensors file begins, and the names of the tensors whose bytes follow, in their order.
+
+    Args:
+        tensors: by name; their shapes and dtypes count, not their values.
+    """
+    # The order, and what dtypes are called, is the library's own: it is asked with tensors that have no elements.
+    empty = serialized(
+        {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}, metadata={"format": "pt"}
+    )
+    described = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])
+    order = [name for name in described if name != "__metadata__"]
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        described[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, order
+
+
+def _begin(
+    aside: Path,
+    folder: Path,
+    contents: _Contents,
     policy: PolicyEngine,
     tokenizer: Tokenizer,
-    folder: Path,
-    *,
     config: PretrainedConfig,
-    world: World,
     card: str,
-    shard_bytes: int,
-) -> None:
-    model, problem = policy.model.model, None
-
-    def begin() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+) -> str | None:
+    """Writes all but the weights, if there is space for those, too; returns why it cannot."""
+    model, older = policy.model.model, folder.with_name(folder.name + _OLDER)
+    try:
+        if problem := why_not_replaceable(folder):
+            return problem
+        if older.exists() and not folder.exists():
+            older.rename(folder)  # killed between the two renames of an earlier export
+        shutil.rmtree(older, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        if problem := lack_of_room(policy, folder):
+            return problem
         config.dtype = model.dtype
-        config.save_pretrained(folder)
+        config.save_pretrained(aside)
         if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-        tokenizer.save(folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
-
-    if world.rank == 0:
-        problem = _problem_of(begin, folder) or lack_of_room(policy, folder)
-    world.agree(problem)
-    parameters: dict[str, ZeroParameter] = dict(model.named_parameters())
-    buffers = stored_buffers(model)
-    # Planned on tensors without data.
-    hollow = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
-    hollow |= {name: buffer.to("meta") for name, buffer in buffers.items()}
-    plan = split_torch_state_dict_into_shards(hollow, max_shard_size=shard_bytes)
-    files = list(plan.filename_to_tensors)
-    for first in range(0, len(files), world.size):
-        mine: dict[str, Tensor] = {}
-        for writer, file in enumerate(files[first : first + world.size]):
-            mine |= _gathered(plan.filename_to_tensors[file], parameters, buffers, keep=writer == world.rank)
-        _check_finite(mine, world)
-        problem = None
-        if mine:
-            path = folder / files[first + world.rank]
-            problem = _problem_of(partial(_save, mine, path), folder)
-        world.agree(problem)
-    if plan.is_sharded and world.rank == 0:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        problem = _problem_of(lambda: (folder / INDEX).write_text(json.dumps(index, indent=2)), folder)
-    world.agree(problem)
-    _write_checksums(folder, world)
-
-
-def _write_checksums(folder: Path, world: World) -> None:
-    problem, mine = None, dict[str, str]()
-    names = sorted(path.name for path in folder.iterdir())
-    try:
-        mine = {name: settled(folder / name)[1] for name in names[world.rank :: world.size]}
-    except OSError as error:
-        problem = _unwritable(folder, error)
-    world.agree(problem)
-    sums = {name: digest for part in world.gather(mine) for name, digest in part.items()}
-    if world.rank == 0:
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        problem = _problem_of(lambda: (folder / CHECKSUMS).write_text(lines), folder)
-    world.agree(problem)
-
-
-def _gathered(
-    names: Sequence[str], parameters: Mapping[str, ZeroParameter], buffers: Mapping[str, Tensor], *, keep: bool
-) -> dict[str, Tensor]:
-    tensors = {}
-    for name in names:
-        if name in buffers:
-            if keep:
-                tensors[name] = buffers[name].to("cpu")
-            continue
-        with deepspeed.zero.GatheredParameters([parameters[name]]):
-            if keep:
-                tensors[name] = parameters[name].detach().to("cpu", copy=True)
-    return tensors
-
-
-def _check_finite(tensors: Mapping[str, Tensor], world: World) -> None:
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    found = [name for names in world.gather(bad) for name in names]
-    if found:
-        raise RunError(f"nothing is exported: {len(found)} weights hold values that are not finite ({found[0]} ...)")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it; the library's own files nobody else may read
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    older = folder.with_name(folder.name + ".old.tmp")
-    shutil.rmtree(older, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        folder.rename(older)
-    aside.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def _problem_of(work: Callable[[], object], folder: Path) -> str | None:
-    """Does the work; returns why it could not be done, for the ranks to agree on."""
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        return _unwritable(folder, error)
+            model.generation_config.save_pretrained(aside)
+        tokenizer.save(aside)
+        (aside / _CARD).write_text(card, encoding="utf-8")
+        if contents.index is not None:
+            (aside / INDEX).write_text(json.dumps(contents.index, indent=2))
+    except Exception as error:  # what tokenizers' Rust raises on a full disk has no other class
+        return _unwritable(folder, first_line(error))
     return None
 
 
-def _unwritable(folder: Path, error: Exception) -> str:
-    return f"the export cannot be written to {folder}: {first_line(error)}; make room there or name another folder"
+def _unwritable(folder: Path, why: str | None) -> str | None:
+    return why and (
+        f"the model cannot be exported to {folder}: {why}; make room and make it writable, or name another folder with "
+        "export.folder"
+    )
+
+
+def _unseen(sizes: Mapping[Path, int | None]) -> str | None:
+    """Returns which of the files and folders, with their sizes, this rank does not see, though they were written."""
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    for path, size in sizes.items():
+        while not (path.exists() and size in (None, path.stat().st_size)):
+            if time.monotonic() > deadline:
+                return f"export.folder must be on a file system that all ranks share: some rank does not see {path}"
+            time.sleep(0.2)
+    return None
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, world: World) -> str | None:
+    """Writes this rank's files; returns why one could not be written."""
+    problem = None
+    for number, file in enumerate(contents.files):
+        header, order = contents.layout(file)
+        tensors = _whole_tensors(model, order, world)
+        if number % world.size == world.rank and problem is None:
+            problem = _write(folder / file, header, tensors)
+        # A rank that left here, or wrote no more, would leave the others in a collective.
+        for _ in tensors:
+            pass
+    return problem
+
+
+def _whole_tensors(model: PreTrainedModel, names: Iterable[str], world: World) -> Iterator[Tensor]:
+    parameters, buffers = dict(model.named_parameters()), stored_buffers(model)
+    for name in names:
+        if name in buffers:
+            yield buffers[name]
+        else:
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                yield parameters[name].detach()
+        world.trim_memory()  # else what each has left behind would add up to the model
+        world.progressed()
+
+
+def _write(path: Path, header: bytes, tensors: Iterator[Tensor]) -> str | None:
+    # By hand, since the library wants all of a file's tensors at once.
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            for tensor in tensors:
+                file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    except OSError as error:
+        return first_line(error)
+    return None
+
+
+def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> str | None:
+    """Returns what of this rank's live weights the files do not hold, or why they should not be published."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(shard_of(parameter).values).all():
+            return f"the weight {name} is not finite"
+    try:
+        for path, names in contents.files.items():
+            with safe_open(folder / path, framework="pt") as file:
+                if set(file.keys()) != set(names):
+                    return f"{path} holds other tensors than it should"
+                for name in names:
+                    held, planned = file.get_tensor(name), contents.tensors[name]
+                    if (held.shape, held.dtype) != (planned.shape, planned.dtype):
+                        return f"{path} holds {name} as {held.dtype} {tuple(held.shape)}"
+        return difference_from_files(model, folder)
+    except (OSError, SafetensorError) as error:
+        return f"it cannot be read: {first_line(error)}"
+
+
+def _refuse(world: World, what: str, problem: str | None) -> None:
+    problems = [named for named in world.gather(problem) if named]
+    if problems:
+        raise RunError(f"{what}: {problems[0]}; nothing was exported")
+
+
+def _write_checksums(aside: Path, folder: Path, world: World) -> None:
+    listed = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+    names: list[str] = world.broadcast(listed)
+    problem, mine = None, dict[str, str]()
+    try:
+        mine = {name: settled(aside / name)[1] for name in names[world.rank :: world.size]}
+    except OSError as error:
+        problem = first_line(error)
+    world.agree(_unwritable(folder, problem))
+    digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
+    if world.rank == 0:
+        try:
+            (aside / CHECKSUMS).write_text("".join(f"{digests[name]}  {name}\n" for name in names))
+            settled(aside / CHECKSUMS)
+        except OSError as error:
+            problem = first_line(error)
+    world.agree(_unwritable(folder, problem))
+
+
+def _other_scores(aside: Path, probe: Probe, expected: Tensor, dtype: torch.dtype, world: World) -> str | None:
+    copy = initialize_reference(
+        str(aside),
+        world=world,
+        config=probe.ds_config,
+        dtype=dtype,
+        attention=probe.attention,
+        trust_remote_code=probe.trust_remote_code,
+    )
+    if probe.packed:
+        share_prompts(copy.model.model)
+    differences = (copy.score(probe.batch) - expected).flatten() / probe.batch.response_tokens
+    copy.free()
+    worst = float(differences.abs().max())
+    if worst <= probe.bound:
+        return None
+    return f"a pair scores otherwise than by the live policy, by {worst:.3g} a token (bound {probe.bound:g})"
+
+
+def _put_in_place(aside: Path, folder: Path) -> str | None:
+    older = folder.with_name(folder.name + _OLDER)
+    try:
+        sync_folder(aside)
+        # At any moment one of the two is there whole, under one of three names.
+        if folder.exists():
+            folder.rename(older)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if older.exists():
+                older.rename(folder)
+            raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        return _unwritable(folder, first_line(error))
+    shutil.rmtree(older, ignore_errors=True)
+    return None

@@ -25,12 +25,15 @@ _FILE_ACCESS = ("AsyncIOBuilder", "file access")
 
 
 def expose_ninja() -> None:
-    """Puts the environment's scripts on PATH where ninja would not be found, as when a venv is not activated.
+    """Makes the environment's own ninja the first on PATH, as activating a venv does.
 
-    torch starts ninja by its bare name, so every rank needs this before it joins.
+    torch starts ninja by its bare name, so every rank needs this before it joins. Where a machine has another ninja,
+    too, one run would build with the one and the next with the other, and each would build all that the other built.
     """
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    scripts = sysconfig.get_path("scripts")
+    own = Path(scripts, "ninja")
+    if own.exists() and shutil.which("ninja") != str(own):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
 def keeps_optimizer_on_host(ds_config: Mapping[str, Any]) -> bool:

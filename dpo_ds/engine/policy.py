@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +14,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
@@ -141,21 +142,25 @@ class PolicyEngine:
             start = min(len(values) * self._world.rank, parameter.ds_numel)
             yield Shard(values[: parameter.ds_numel - start], start, parameter.ds_numel)
 
-    def save(self, folder: Path) -> str | None:
-        """Writes this rank's part of the weights, of their masters and of Adam's states into a folder.
+    def save(self, folder: Path, *, later: bool = False) -> Callable[[], str | None]:
+        """Writes this rank's part of the weights, of their masters and of Adam's states into a folder; collective.
+
+        Args:
+            folder: where the files go.
+            later: whether they are copied in host memory now, and written when what is returned is called.
 
         Returns:
-            Why this rank's files could not be written, or None. It does not raise: the other ranks would wait for it.
+            What finishes this rank's files, alone, in any thread, and tells why they could not be written, or None.
         """
         # The last forward has asked for weights of a backward that never came.
         self.engine.empty_partition_cache()
-        writer = _Writer(self.engine.checkpoint_engine)
+        writer = _Writer(self.engine.checkpoint_engine, later=later)
         self.engine.checkpoint_engine = writer
         # Programs to read the shards with have no place among data, and rank 0 alone would fail to write them.
         self.engine._copy_recovery_script = lambda path: None
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         self.engine.checkpoint_engine = writer.engine
-        return writer.problem
+        return writer.finish
 
     def load(self, folder: Path, *, saved_ranks: int) -> str | None:
         """Reads what ``save`` wrote; code that the files may hold is not executed.
@@ -213,15 +218,29 @@ def _count_steps_again(optimizer: torch.optim.Optimizer) -> None:
 class _Writer:
     """DeepSpeed's own writer, whose failures are noted: a rank that raised would leave the others in a collective."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, later: bool) -> None:
         self.engine = engine
-        self.problem: str | None = None
+        self._later = later
+        self._copies: list[tuple[Any, str]] = []
+        self._problem: str | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self._later:
+            copy = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state_dict)
+            self._copies.append((copy, path))
+        else:
+            self._write(state_dict, path)
+
+    def finish(self) -> str | None:
+        while self._copies:
+            self._write(*self._copies.pop(0))
+        return self._problem
+
+    def _write(self, state_dict: Any, path: str) -> None:
         try:
             self.engine.save(state_dict, path)
         except (OSError, RuntimeError) as error:
-            self.problem = first_line(error)
+            self._problem = first_line(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

@@ -1,18 +1,18 @@
 """``RESUME.json``: what a stopped run leaves for whoever starts it again, since several launchers lose exit codes."""
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from dpo_ds.errors import Stopped
+from dpo_ds.files import write_whole
 
 MARKER_FILE = "RESUME.json"
 STOPPED_CODE = 200
 
 
 def mark_stopped(folder: Path, stopped: Stopped) -> None:
-    """Writes the marker, complete or not at all, and on the disk when this returns.
+    """Writes the marker, complete or not at all.
 
     Args:
         folder: the run's output folder.
@@ -29,13 +29,7 @@ def mark_stopped(folder: Path, stopped: Stopped) -> None:
         "checkpoint": stopped.checkpoint,
         "command_exit_code": STOPPED_CODE,
     }
-    unfinished = folder / f"{MARKER_FILE}.tmp"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(about, indent=2) + "\n")
-        file.flush()
-        # A machine that is taken away may well lose its power next.
-        os.fsync(file.fileno())
-    unfinished.replace(folder / MARKER_FILE)
+    write_whole(folder / MARKER_FILE, (json.dumps(about, indent=2) + "\n").encode())
 
 
 def unmark(folder: Path) -> None:

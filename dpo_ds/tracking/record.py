@@ -9,6 +9,8 @@ from pathlib import Path
 from platform import python_version
 from typing import Any, NamedTuple, Protocol
 
+from dpo_ds.files import write_whole
+
 Metrics = Mapping[str, float | int | str | Mapping[str, list[float]] | None]
 """Numbers by name, and histograms: their bins' edges and counts."""
 
@@ -80,13 +82,13 @@ class JsonLines:
             path: the file.
             keep_bytes: how much of the earlier file is kept; the rest is cut off.
         """
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, since what does not fit on a full disk would be tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(min(keep_bytes, path.stat().st_size))
 
     def log(self, metrics: Metrics) -> None:
         """Appends a line; numbers that JSON lacks (NaN, infinities) become null."""
-        self._file.write(json.dumps(plain(metrics), allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(plain(metrics), allow_nan=False) + "\n").encode())
 
     def mark(self) -> Mark:
         """Returns the file's length, all of it safely on disk."""
@@ -105,9 +107,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         folder: the run's output folder.
         summary: what is to be said of the run.
     """
-    unfinished = folder / f"{SUMMARY_FILE}.tmp"
-    unfinished.write_text(json.dumps(plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(folder / SUMMARY_FILE)
+    write_whole(folder / SUMMARY_FILE, (json.dumps(plain(summary), indent=2, allow_nan=False) + "\n").encode())
 
 
 def versions() -> dict[str, str | None]:

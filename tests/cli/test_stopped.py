@@ -12,7 +12,7 @@ PAIR = {"prompt": "tea is", "chosen": " hot", "rejected": " salt."}
 PROCESS = """
 import os
 from pathlib import Path
-from dpo_ds.cli.train import checked, start
+from dpo_ds.cli.train import start
 from dpo_ds.errors import RunError, Stopped
 from dpo_ds.launcher.marker import mark_stopped
 
@@ -26,7 +26,7 @@ def fail(*_):
 
 for work in (stop, fail):
     try:
-        start(["--config", "run.yaml"], work, check=checked)
+        start(["--config", "run.yaml"], work)
     except SystemExit as left:
         print(left.code, Path("out/RESUME.json").exists(), flush=True)
 """

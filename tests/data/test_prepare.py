@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from filelock import FileLock
 
@@ -242,6 +243,8 @@ def test_pairs_of_many_rows_lie_in_several_files_in_order(tokenizer, tmp_path):
 
 
 def _prepare_slowly(tokenizer: str, path: str, folder: str) -> None:
+    open_file = pa.ipc.new_file
+    pa.ipc.new_file = lambda *arguments, **options: time.sleep(0.2) or open_file(*arguments, **options)  # a slow disk
     run([Source(path)], load_tokenizer(tokenizer), Path(folder), rows_per_shard=2000)
 
 

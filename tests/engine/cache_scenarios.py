@@ -189,15 +189,16 @@ def memory_comes_back(world: World, model: str) -> None:
         world.trim_memory()
         return reference
 
-    scoring_reference().free()  # what libraries keep for themselves is there from now on
-    start = anonymous_bytes()
+    for _ in range(2):  # what libraries keep for themselves is there from now on
+        scoring_reference().free()
+    # What lingers now and then, a gathered weight or a page that malloc keeps, is here a few MB; shards are 41 MB.
+    start, some = anonymous_bytes(), 0.4 * shards
     reference = scoring_reference()
     assert held_by(reference) >= shards
-    assert anonymous_bytes() - start >= shards
+    assert anonymous_bytes() - start >= shards - some
     reference.free()
     assert held_by(reference) == 0
-    # Now and then one gathered weight lingers, here the embedding's 17 MB; shards that stay are 38 MB.
-    assert anonymous_bytes() - start <= 0.6 * shards
+    assert anonymous_bytes() - start <= some
 
 
 def policy_agrees(world: World, model: str, folder: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from dpo_ds.engine import Engines, World, checkpoint
 from dpo_ds.engine.checkpoint import Checkpoints, Progress, complete_checkpoints, read_saved
 from dpo_ds.engine.extensions import build_extensions
-from dpo_ds.engine.files import measured
 from dpo_ds.errors import RunError, UserError
+from dpo_ds.files import measured
 from tests.engine.scenarios import DTYPES, engines_of, main, my_batch, take_step
 
 PROGRESS = Progress(step=2, tokens=7, train_seconds=1.5, metrics_bytes=3, wandb_run_id="abc", evaluation={"loss": 0.5})
@@ -129,6 +130,47 @@ def full_disk_is_named(world: World, model: str, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(PROGRESS)
     assert len(complete_checkpoints(Path(folder))[0]) == 1
+
+
+def written_meanwhile(world: World, model: str, folder: str) -> None:
+    """Two checkpoints of the same weights, one of them written while steps are taken, and by a slow disk."""
+    batch = my_batch(world)
+    engines = engines_of(model, world)
+    take_step(engines, batch, pairs=4)
+    at_once, meanwhile = (
+        checkpoints_of(engines, world, Path(folder, name), background=name == "meanwhile")
+        for name in ("at_once", "meanwhile")
+    )
+    at_once.save(PROGRESS)
+    go_on, write = Event(), torch.save
+    torch.save = lambda *arguments, **options: (go_on.wait(), write(*arguments, **options))
+    meanwhile.save(PROGRESS)
+    take_step(engines, batch, pairs=4)
+    meanwhile.finish_if_written()
+    assert not complete_checkpoints(Path(folder, "meanwhile"))[0]
+    if world.rank == 0:
+        go_on.set()
+    meanwhile.finish_if_written()  # the other rank still writes
+    world.barrier()
+    assert not complete_checkpoints(Path(folder, "meanwhile"))[0]
+    go_on.set()
+    meanwhile.finish()
+    torch.save = write
+    found, _ = complete_checkpoints(Path(folder, "meanwhile"))
+    assert checkpoints_of(engines, world, Path(folder, "meanwhile")).restore(found, allowed=()) == PROGRESS
+    other, _ = complete_checkpoints(Path(folder, "at_once"))
+    assert read_saved(found[0]) == read_saved(other[0])
+    checkpoints_of(engines, world, Path(folder, "at_once")).restore(other, allowed=())
+    # What cannot be written is told where the run next looks.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    meanwhile.save(replace(PROGRESS, step=4))
+    with pytest.raises(UserError, match="checkpoints cannot be saved in"):
+        meanwhile.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    world.barrier()
+    assert [path.name for path in Path(folder, "meanwhile").iterdir()] == [found[0].name]
 
 
 def lack_of_space_is_named(world: World, model: str, folder: str) -> None:

@@ -3,7 +3,9 @@
 A scenario asserts; a rank whose assertion fails notes that and ends, and with it the job.
 """
 
+import gc
 import json
+import resource
 import sys
 import traceback
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ import torch
 from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World, initialize
-from dpo_ds.engine.export import export
+from dpo_ds.engine.export import Probe, export
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
@@ -202,32 +204,82 @@ def scores(world: World, model: str, out: str) -> None:
         Path(out).write_text(json.dumps({"scores": rows, "grad_norm": norms}))
 
 
-def exports(world: World, model: str, out: str) -> None:
-    class NoTokenizer:
-        def save(self, folder: Path) -> None:
-            pass
+class NoTokenizer:
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.txt").write_text("none")
 
+
+def probe_of(world: World, dtype: torch.dtype, bound: float = 0.0) -> Probe:
+    batch = padded_batch(some_pairs(2)).to(world.device)
+    return Probe(batch, configs(dtype)["reference_config"], "auto", False, packed=False, bound=bound)
+
+
+def export_of(engines: Engines, world: World, model: str, out: str, **options: Any) -> None:
+    options = {"config": load_model_config(model), "probe": probe_of(world, engines.policy.dtype), **options}
+    export(engines.policy, NoTokenizer(), Path(out), card="# a card\n", world=world, **options)  # type: ignore[arg-type]
+
+
+def exports(world: World, model: str, out: str, max_shard_size: str) -> None:
     engines = engines_of(model, world, torch.bfloat16)
     take_step(engines, my_batch(world), pairs=4, learning_rate=1e-2)
+    engines.reference.free()
+    export_of(engines, world, model, out, max_shard_size=max_shard_size)
     engines.policy.model.eval()
     with torch.no_grad():
-        engines.policy.score(my_batch(world))
-    export(
-        engines.policy,
-        NoTokenizer(),  # type: ignore[arg-type]
-        Path(out),
-        config=load_model_config(model),
-        world=world,
-        card="# a model",
-        shard_bytes=20_000,  # so that both ranks write several files
-    )
-    scored = world.gather(engines.policy.score(my_batch(world)).tolist())
+        scored = world.gather(engines.policy.score(my_batch(world)).tolist())
     if world.rank == 0:
-        Path(out, "scores.json").write_text(json.dumps(scored))
+        Path(out).with_suffix(".json").write_text(json.dumps(scored))
+
+
+def broken_exports_are_refused(world: World, model: str, out: str) -> None:
+    folder = Path(out)
+    engines = engines_of(model, world)
+    export_of(engines, world, model, out)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    world.barrier()
+    # Files of more bytes than this cannot be written: on one rank, which has the second file.
+    own_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, own_limit[1]))
+    with pytest.raises(UserError, match=rf"cannot be exported to {out}: .*too large.*export\.folder"):
+        export_of(engines, world, model, out, max_shard_size="20KB")
+    resource.setrlimit(resource.RLIMIT_FSIZE, own_limit)
+    config = load_model_config(model)
+    config.rms_norm_eps = 0.1
+    with pytest.raises(RunError, match="scores otherwise than by the live policy"):
+        export_of(engines, world, model, out, config=config)
+    with pytest.raises(UserError, match="holds something that is no verified export"):
+        export_of(engines, world, model, model)
+    if world.rank == 1:
+        shard_of(list(engines.policy.model.parameters())[-1]).values[-1] = torch.inf
+    with pytest.raises(RunError, match="is not finite"):
+        export_of(engines, world, model, out, probe=probe_of(world, torch.float32))
+    world.barrier()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
+
+
+def interrupted_replacement_loses_nothing(world: World, model: str, out: str) -> None:
+    folder = Path(out)
+    engines = engines_of(model, world)
+    if world.rank == 0:  # as a rank would leave it that was killed between its two renames
+        folder.with_name(folder.name + ".tmp").mkdir()
+        older = folder.with_name(folder.name + ".old")
+        older.mkdir()
+        (older / "SHA256SUMS").write_text("")
+    world.barrier()
+    if world.rank == 1:
+        shard_of(list(engines.policy.model.parameters())[-1]).values[-1] = torch.inf
+    with pytest.raises(RunError, match="is not finite"):
+        export_of(engines, world, model, out)
+    world.barrier()
+    assert [path.name for path in folder.iterdir()] == ["SHA256SUMS"]
+    assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
 
 
 def main(agenda: str, scenarios: Mapping[str, Any]) -> None:
     """Runs an agenda, a JSON list of [name, arguments], in one process group, and notes each outcome as it comes."""
+    gc.freeze()  # as the launched script does
     identity = Identity.from_environment()
     world = World.join(identity, Meeting(identity))
     for name, arguments in json.loads(Path(agenda).read_text()):

@@ -23,6 +23,7 @@ FAULTS = {
     "older_ones_go": "the newest, those of every fourth step and the best stay",
     "disks_of_nodes_are_told_apart": "rank 1 writes where rank 0 cannot see it",
     "unwritable_folder_is_named": "the output folder is a file",
+    "written_meanwhile": "one that is written while steps are taken is the one that is written at once",
     "full_disk_is_named": "rank 1 cannot write all of its shard",
     "lack_of_space_is_named": "the file system is smaller than a checkpoint",
     "code_in_a_shard_is_not_executed": "a shard holds a pickled call",

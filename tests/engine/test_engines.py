@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.engine.ds_config import policy_ds_config
+from dpo_ds.engine.export import safetensors_layout
 from dpo_ds.engine.extensions import build_extensions
 from tests.engine.conftest import FAMILIES
 from tests.engine.scenarios import some_pairs
@@ -38,7 +39,7 @@ def swap_two_weights(tensors: dict[str, torch.Tensor]) -> None:
     weight[3, 4], weight[4, 3] = weight[4, 3].clone(), weight[3, 4].clone()
 
 
-EXPORTED = ("llama", "llama-tied", "deepseek_v3")
+EXPORTED = {"llama": "20KB", "llama-tied": "50GB", "deepseek_v3": "50GB"}
 WAYS_TO_TRAIN: dict[str, dict[str, Any]] = {
     "plain": {},
     "activation checkpointing": {"activation_checkpointing": True},
@@ -84,7 +85,12 @@ def job(tiny_models, tmp_path_factory) -> Path:
             ["first_scores", [llama, "float32"]],
             ["first_scores", [llama, "bfloat16"]],
             *(["scores", [str(tiny_models[family]), str(folder / f"{family}.json")]] for family in FAMILIES),
-            *(["exports", [str(tiny_models[family]), str(folder / f"export-{family}")]] for family in EXPORTED),
+            *(
+                ["exports", [str(tiny_models[family]), str(folder / f"export-{family}"), size]]
+                for family, size in EXPORTED.items()
+            ),
+            ["broken_exports_are_refused", [llama, str(folder / "refused")]],
+            ["interrupted_replacement_loses_nothing", [llama, str(folder / "interrupted")]],
             ["broken_checkpoint_is_refused", [str(lacking), "q_proj"]],
             ["broken_checkpoint_is_refused", [str(extra), "model.layers.7"]],
             ["broken_checkpoint_is_refused", [str(unbiased), "e_score_correction_bias"]],
@@ -189,16 +195,52 @@ def test_a_checkpoint_that_does_not_fill_its_model_exactly_is_refused_on_every_r
 def test_an_export_opens_in_a_plain_process_and_scores_as_the_engine_did(job, tiny_models, family):
     folder = job / f"export-{family}"
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2
-    stored = [name for file in files for name in load_file(file)]
-    assert sorted(stored) == sorted(load_file(tiny_models[family] / "model.safetensors"))
-    subprocess.run(["sha256sum", "--quiet", "--strict", "-c", "SHA256SUMS"], cwd=folder, check=True)
-    listed = [line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    assert sorted([*listed, "SHA256SUMS", "scores.json"]) == sorted(path.name for path in folder.iterdir())
-    assert not list(folder.parent.glob("*.tmp"))
+    assert (len(files) > 2) == (EXPORTED[family] == "20KB")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert tensors.keys() == load_file(tiny_models[family] / "model.safetensors").keys()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype is torch.bfloat16
-    by_rank = json.loads((folder / "scores.json").read_text())
+    by_rank = json.loads((job / f"export-{family}.json").read_text())
     scored = [[by_rank[pair % 2][side][pair // 2] for pair in range(4)] for side in (0, 1)]
     # bfloat16 rounds elsewhere when a response is scored alone: within 1 % of log-probs of about -30.
     torch.testing.assert_close(scored, plain_scores(folder), rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_the_files_are_those_that_the_library_writes_of_the_same_tensors(job, tmp_path, family):
+    for file in (job / f"export-{family}").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / file.name, metadata={"format": "pt"})
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_every_file_of_an_export_is_listed_with_a_checksum_and_has_the_users_umask(job):
+    folder = job / "export-llama"
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=True)
+    said = {line.removesuffix(": OK") for line in checked.stdout.splitlines()}
+    assert said == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"} <= said
+    (job / "mine").write_text("")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(job / "mine").stat().st_mode}
+
+
+def test_an_export_that_cannot_be_right_or_written_is_refused_by_all_ranks_and_the_older_one_stays(job):
+    expect_passed(job, "broken_exports_are_refused")
+
+
+def test_a_rank_killed_while_it_replaces_an_export_loses_none(job):
+    expect_passed(job, "interrupted_replacement_loses_nothing")
+
+
+def test_a_file_begins_as_the_library_would_begin_it(tmp_path):
+    tensors = {
+        "b.weight": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+        "a.ключ": torch.tensor(2.5),
+        "a.bias": torch.ones(3, dtype=torch.float32),
+        "steps": torch.tensor([1, 2]),
+        "mask": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0, 4),
+    }
+    header, order = safetensors_layout(tensors)
+    data = b"".join(tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in order)
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    assert header + data == (tmp_path / "expected").read_bytes()

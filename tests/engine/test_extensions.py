@@ -90,9 +90,12 @@ def test_cpu_adam_is_for_optimizers_that_are_kept_on_the_host(offload, on_host):
     assert keeps_optimizer_on_host(config) is on_host
 
 
-def test_ninja_is_found_although_no_environment_is_activated(monkeypatch, tmp_path):
+def test_the_environments_own_ninja_is_found_first_although_none_is_activated(monkeypatch, tmp_path):
+    another = tmp_path / "ninja"
+    another.write_text("#!/bin/sh\n")
+    another.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert shutil.which("ninja") is None
+    assert shutil.which("ninja") == str(another)
     expose_ninja()
     assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
     expose_ninja()

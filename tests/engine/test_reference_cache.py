@@ -36,7 +36,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
     llama, tied = str(tiny_models["llama"]), str(tiny_models["llama-tied"])
     large = folder / "large"
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(large)
     copied, edited, renamed = (Path(shutil.copytree(llama, folder / name)) for name in ("copied", "edited", "renamed"))

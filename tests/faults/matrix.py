@@ -75,7 +75,7 @@ FILES = ("*rank_1_mp_rank_00_optim_states.pt", "*rank_0_mp_rank_00_model_states.
 MATRIX = (
     *_signals(),
     *(Fault("restore", damage, pattern) for damage in DAMAGES for pattern in FILES),
-    *(Fault(phase, "full disk", "-") for phase in ("prepare", "save", "export")),
+    *(Fault(phase, "full disk", "-") for phase in ("prepare", "load", "train", "save", "export")),
     *(Fault(phase, "read-only", "-") for phase in ("prepare", "save")),
     Fault("train", "two runs", "-"),
 )
