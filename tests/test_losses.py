@@ -400,6 +400,11 @@ def test_beta_dpo_follows_the_steps_mean_margin():
     assert_losses(losses, [softplus(-beta * margin(row)) for row in PAIRS])
 
 
+def test_the_dynamic_beta_stays_above_a_hundredth():
+    losses = with_numbers("beta_dpo")(pair_logps(), running={"beta_dpo": Running(10.0)}).losses
+    assert_losses(losses, [softplus(-0.003 * margin(row)) for row in PAIRS])
+
+
 def test_the_dynamic_beta_is_a_constant_for_the_gradient():
     logps = pair_logps()
     logps.policy_chosen.requires_grad_()

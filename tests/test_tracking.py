@@ -107,7 +107,8 @@ def test_the_summary_is_valid_json(tmp_path):
 
 def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, capfd):
     tracker = open_tracker(tmp_path, wandb="offline", project="a-project", config={"loss": {"beta": 0.125}})
-    tracker.log({"step": 0, "split": "eval", "rewards/accuracies": 0.5})
+    histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}
+    tracker.log({"step": 0, "split": "eval", "rewards/accuracies": 0.5, "histogram/rewards/margins": histogram})
     tracker.log({"step": 1, "split": "train", "rewards/margins": 0.25})
     tracker.finish({"status": "complete", "steps": 1})
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
@@ -116,6 +117,9 @@ def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, capfd):
     record = (folder / f"run-{run_id}.wandb").read_bytes()
     for text in (b"a-project", b"eval/rewards/accuracies", b"rewards/margins", b"0.125", b"complete", b"deepspeed"):
         assert text in record, text
+    assert b"eval/histogram/rewards/margins" in record
+    # What wandb draws as a histogram, not as a table of numbers.
+    assert b'"histogram"' in record
     assert b"eval/rewards/margins" not in record
     assert b"eval/step" not in record
     assert "warning" not in capfd.readouterr().err

@@ -309,9 +309,10 @@ def _check_loss(config: RunConfig) -> None:
         objective = objective_of(config)
     except ValueError as error:
         raise UserError(f"loss.{error}") from None
+    named = " + ".join(objective.losses)
     if not objective.needs_reference and config.reference.mode != "none":
         raise UserError(
-            f"reference.mode must be none for the {loss.type} loss, whose equation has no reference, got "
+            f"reference.mode must be none for the {named} loss, whose equation has no reference, got "
             f"{config.reference.mode!r}"
         )
     if config.reference.mode == "none" and loss.divergence != "reverse_kl":
@@ -321,7 +322,7 @@ def _check_loss(config: RunConfig) -> None:
         )
     if objective.needs_whole_step and config.train.pairs_per_step < 2:
         raise UserError(
-            f"train.pairs_per_step must be >= 2 for the {' + '.join(objective.losses)} loss, which compares the pairs "
+            f"train.pairs_per_step must be >= 2 for the {named} loss, which compares the pairs "
             f"of a step with each other, got {config.train.pairs_per_step}"
         )
     if loss.ld_alpha is not None and any(
@@ -342,7 +343,7 @@ def _check_loss(config: RunConfig) -> None:
             for name in knows:
                 if name in source.columns and not knows[name]:
                     raise UserError(
-                        f"{key}[{place}].columns.{name} must be left out for the {loss.type} loss, which knows no "
+                        f"{key}[{place}].columns.{name} must be left out for the {named} loss, which knows no "
                         f"{name}, got {source.columns[name]!r}; loss.type sigmoid knows it"
                     )
 

@@ -91,7 +91,7 @@ def discounted(batch: PairBatch, alpha: float | None) -> PairBatch:
     """Returns the batch with what the longer response of a pair has more than the other one counting ``alpha``.
 
     LD-DPO: ``log pi(y_1 .. y_m) + alpha log pi(y_(m + 1) .. y_n)`` with ``m`` the length of the shorter response, Liu
-    et al. 2024, eq. 10, arXiv:2409.06411.
+    et al. 2024, arXiv:2409.06411.
 
     Args:
         batch: its pairs.

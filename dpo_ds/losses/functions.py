@@ -31,7 +31,7 @@ def robust_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Tenso
     """Robust DPO, which is unbiased where labels are wrong with probability ``e``.
 
     ``(-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2e)``, Chowdhury et al. 2024,
-    eq. 12, arXiv:2403.00409.
+    arXiv:2403.00409.
     """
     logits = beta * logps.margins
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)
@@ -174,7 +174,7 @@ def _log_odds(logps: Tensor) -> Tensor:
 def cpo_loss(logps: PairLogps, *, beta: float, cpo_alpha: float) -> Tensor:
     """CPO: ``-log sigmoid(beta (log pi_c - log pi_r)) - cpo_alpha log pi_c / n_c``, without a reference.
 
-    Xu et al. 2024, eqs. 3 and 5, arXiv:2401.08417. The second term is the mean over tokens, as in the authors' code.
+    Xu et al. 2024, arXiv:2401.08417. The second term is the mean over tokens, as in the authors' code.
     """
     return -F.logsigmoid(beta * (logps.policy_chosen - logps.policy_rejected)) + cpo_alpha * sft_loss(logps)
 
@@ -182,7 +182,7 @@ def cpo_loss(logps: PairLogps, *, beta: float, cpo_alpha: float) -> Tensor:
 def slic_loss(logps: PairLogps, *, slic_delta: float, slic_lambda: float) -> Tensor:
     """SLiC-HF: ``max(0, slic_delta - log pi_c + log pi_r) - slic_lambda log pi_c``, without a reference.
 
-    Zhao et al. 2023, eq. 1 with the chosen response as the one that is regularised to, arXiv:2305.10425.
+    Zhao et al. 2023, with the chosen response as the one that is regularised to, arXiv:2305.10425.
     """
     hinge = F.relu(slic_delta - logps.policy_chosen + logps.policy_rejected)
     return hinge - slic_lambda * logps.policy_chosen
@@ -191,7 +191,7 @@ def slic_loss(logps: PairLogps, *, slic_delta: float, slic_lambda: float) -> Ten
 def sft_loss(logps: PairLogps) -> Tensor:
     """The chosen response's negative log-prob a token, ``-log pi_c / n_c``, without a reference.
 
-    Added to DPO it is RPO: Pang et al. 2024, eq. 1, arXiv:2404.19733.
+    Added to DPO it is RPO: Pang et al. 2024, arXiv:2404.19733.
     """
     return -logps.averaged().policy_chosen
 
@@ -199,7 +199,7 @@ def sft_loss(logps: PairLogps) -> Tensor:
 def dpop_loss(logps: PairLogps, *, beta: float, dpop_lambda: float) -> Tensor:
     """DPO-Positive, which holds the chosen log-prob up: ``-log sigmoid(beta (margin - dpop_lambda max(0, -h_c)))``.
 
-    Pal et al. 2024, eq. 3, arXiv:2402.13228.
+    Pal et al. 2024, arXiv:2402.13228.
     """
     return -F.logsigmoid(beta * (logps.margins - dpop_lambda * F.relu(-logps.chosen_logratios)))
 
@@ -207,7 +207,7 @@ def dpop_loss(logps: PairLogps, *, beta: float, dpop_lambda: float) -> Tensor:
 def chi_po_loss(logps: PairLogps, *, beta: float, chi_clip: float) -> Tensor:
     """Chi-squared PO: DPO with ``phi(h) = exp(h) + h`` in place of ``h``.
 
-    ``-log sigmoid(clip(beta (phi(h_c) - phi(h_r)), -chi_clip, chi_clip))``, Huang et al. 2024, eqs. 9 and 10,
+    ``-log sigmoid(clip(beta (phi(h_c) - phi(h_r)), -chi_clip, chi_clip))``, Huang et al. 2024,
     arXiv:2407.13399; ``chi_clip`` is the paper's 2 R_max.
     """
     chosen, rejected = (
@@ -219,7 +219,7 @@ def chi_po_loss(logps: PairLogps, *, beta: float, chi_clip: float) -> Tensor:
 def r_dpo_loss(logps: PairLogps, *, beta: float, length_penalty: float) -> Tensor:
     """R-DPO, whose reward is less by ``length_penalty`` a token.
 
-    ``-log sigmoid(beta * margin + length_penalty (n_c - n_r))``, Park et al. 2024, eq. 9, arXiv:2403.19159;
+    ``-log sigmoid(beta * margin + length_penalty (n_c - n_r))``, Park et al. 2024, arXiv:2403.19159;
     ``length_penalty`` is the paper's alpha.
     """
     longer = (logps.chosen_tokens - logps.rejected_tokens).to(logps.margins.dtype)
@@ -230,7 +230,7 @@ def beta_dpo_loss(logps: PairLogps, *, beta: float, beta_sensitivity: float, run
     """Beta-DPO: DPO whose beta follows the step's mean reward margin, ``-log sigmoid(b * margin)``.
 
     ``b = (1 + beta_sensitivity (mean(beta * margin) - M_0)) beta``, a constant for the gradient and at least
-    ``beta / 100``, with ``M_0`` the margins' running mean, which forgets a tenth a step: Wu et al. 2024, eqs. 7 and 10,
+    ``beta / 100``, with ``M_0`` the margins' running mean, which forgets a tenth a step: Wu et al. 2024,
     arXiv:2407.08639, ``beta_sensitivity`` being the paper's alpha. The paper's choice of pairs, which drops some at
     random, is left out.
     """
@@ -242,6 +242,6 @@ def beta_dpo_loss(logps: PairLogps, *, beta: float, beta_sensitivity: float, run
 def cal_dpo_loss(logps: PairLogps, *, beta: float) -> Tensor:
     """Cal-DPO: ``-log sigmoid(margin) + (h_c - 1 / (2 beta))^2 + (h_r + 1 / (2 beta))^2``.
 
-    Xiao et al. 2024, eq. 9, arXiv:2412.14516. The preference's term has no beta.
+    Xiao et al. 2024, arXiv:2412.14516. The preference's term has no beta.
     """
     return -F.logsigmoid(logps.margins) + sppo_hard_loss(logps, beta=beta)

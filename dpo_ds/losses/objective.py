@@ -56,6 +56,7 @@ class Loss:
         running: how the mean that it carries from step to step goes on from a step's mean rewards, chosen and
             rejected, and its number of pairs; None where it carries nothing.
         parameters: the equation's own numbers, all >= 0, with their defaults.
+        positive: those of them that must not be 0.
     """
 
     function: Callable[..., Tensor]
@@ -71,6 +72,7 @@ class Loss:
     sorts_pairs: bool = False
     running: Callable[[Running, float, float, int], Running] | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
 
 
 # A margin like DPO's, in whose place another divergence and a bound of the pair's own may come.
@@ -94,7 +96,7 @@ LOSSES: dict[str, Loss] = {
     "aot_unpaired": _sorting(functions.aot_unpaired_loss),
     "apo_zero": Loss(functions.apo_zero_loss),
     "apo_down": Loss(functions.apo_down_loss),
-    "discopop": _dpo_like(functions.discopop_loss, parameters={"tau": 0.05}),
+    "discopop": _dpo_like(functions.discopop_loss, parameters={"tau": 0.05}, positive=("tau",)),
     "simpo": Loss(functions.simpo_loss, "mean", takes_margins=True, needs_reference=False, parameters={"gamma": 0.5}),
     "orpo": Loss(functions.orpo_loss, "mean", needs_reference=False),
     "cpo": Loss(functions.cpo_loss, needs_reference=False, parameters={"cpo_alpha": 1.0}),
@@ -106,7 +108,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "sft": Loss(functions.sft_loss, "mean", takes_beta=False, needs_reference=False),
     "dpop": Loss(functions.dpop_loss, parameters={"dpop_lambda": 50.0}),
-    "chi_po": Loss(functions.chi_po_loss, parameters={"chi_clip": 10.0}),
+    "chi_po": Loss(functions.chi_po_loss, parameters={"chi_clip": 10.0}, positive=("chi_clip",)),
     "r_dpo": Loss(functions.r_dpo_loss, takes_margins=True, parameters={"length_penalty": 0.01}),
     "beta_dpo": Loss(
         functions.beta_dpo_loss, needs_whole_step=True, running=_recent_margin, parameters={"beta_sensitivity": 0.6}
@@ -190,16 +192,15 @@ class Objective:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"add must hold weights > 0, got {weight} for {name}")
         known = {name for loss in self.losses.values() for name in loss.parameters}
+        positive = {name for loss in self.losses.values() for name in loss.positive}
         for name, value in self.parameters.items():
             if name not in known:
                 raise ValueError(
                     f"parameters must name numbers that the {' + '.join(self.losses)} loss has "
                     f"({', '.join(sorted(known)) or 'none'}), got {name!r}"
                 )
-            if not 0 <= value < float("inf") or (name in ("tau", "chi_clip") and value == 0):
-                raise ValueError(
-                    f"parameters.{name} must be {'>' if name in ('tau', 'chi_clip') else '>='} 0, got {value}"
-                )
+            if not (value > 0 if name in positive else value >= 0) or value == float("inf"):
+                raise ValueError(f"parameters.{name} must be {'>' if name in positive else '>='} 0, got {value}")
         for name, options in (("divergence", get_args(Divergence)), ("weighting", ("none", "wpo"))):
             if vars(self)[name] not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {vars(self)[name]!r}")

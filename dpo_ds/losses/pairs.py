@@ -75,7 +75,7 @@ class PairLogps:
         """Returns the pairs with ``f'(pi / pi_ref)`` in place of every log-ratio, and without a reference.
 
         The reward under the constraint of another f-divergence than the reverse KL, up to terms that cancel in a pair:
-        Wang et al. 2023, theorem 1 and table 2, arXiv:2309.16240. With ``t = pi / pi_ref`` it is ``log t`` for the
+        Wang et al. 2023, arXiv:2309.16240. With ``t = pi / pi_ref`` it is ``log t`` for the
         reverse KL, ``1 - 1/t`` for the forward KL, ``log(2t / (1 + t))`` for Jensen and Shannon's, and
         ``(t^(alpha - 1) - 1) / (alpha - 1)`` for an alpha-divergence, which tends to ``log t`` for ``alpha`` to 1 and
         is the forward KL's for ``alpha = 0``.

@@ -137,6 +137,7 @@ CASES = {
         ["--loss.type", "simpo", "--reference.mode", "none", "--loss.parameters", '{"gama": 0.5}'],
         "loss.parameters must name numbers that the simpo loss has (gamma), got 'gama'",
     ),
+    "a weight that is no number": (no_preparation, ["--loss.add", '{"sft": "much"}'], "loss.add must be a mapping"),
     "a reference-free loss with a cache": (
         no_preparation,
         ["--loss.type", "simpo", "--reference.mode", "cache"],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpo_ds.data.batch import packed_batch, padded_batch
+from dpo_ds.data.batch import discounted, packed_batch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.models.attention import sharing_prompts
 from dpo_ds.models.scorer import Scorer
@@ -34,6 +34,30 @@ def test_only_the_scored_tokens_of_a_response_add_to_its_log_prob(layout):
 
     assert chosen == pytest.approx(float(logps([3, 4, 5, 6, 7, 8])[[1, 4]].sum()), abs=1e-5)
     assert rejected == pytest.approx(float(logps([3, 4, 9, 10])[1:].sum()), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [packed_batch, padded_batch])
+def test_tokens_beyond_the_shorter_response_are_discounted(layout):
+    model = tiny_model("llama")
+    # Of the chosen response the tokens 5, 7 and 8 are scored, and two of them lie within the rejected one's length.
+    pairs = [
+        TokenizedPair("", (3, 4), (5, 6, 7, 8), (9, 10), (True, False, True, True), None),
+        TokenizedPair("", (3,), (11,), (12, 13, 14)),
+    ]
+    batch = layout(pairs)
+    with sharing_prompts(model):
+        scores = Scorer(model)(discounted(batch, 0.25))
+        plain = Scorer(model)(batch)
+
+    def logps(ids):
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)[range(len(ids) - 1), ids[1:]]
+
+    chosen, rejected = logps([3, 4, 5, 6, 7, 8]), logps([3, 12, 13, 14])
+    assert float(scores[0, 0]) == pytest.approx(float(chosen[1] + chosen[3] + 0.25 * chosen[4]), abs=1e-5)
+    assert float(scores[1, 1]) == pytest.approx(float(rejected[0] + 0.25 * (rejected[1] + rejected[2])), abs=1e-5)
+    assert torch.equal(scores[[1, 0], [0, 1]], plain[[1, 0], [0, 1]])
+    assert discounted(batch, 1.0) is discounted(batch, None) is batch
 
 
 def test_a_state_that_runs_through_the_row_shows_as_a_difference():
