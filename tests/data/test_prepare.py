@@ -243,6 +243,7 @@ def test_pairs_of_many_rows_lie_in_several_files_in_order(tokenizer, tmp_path):
 
 
 def _prepare_slowly(tokenizer: str, path: str, folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
     open_file = pa.ipc.new_file
     pa.ipc.new_file = lambda *arguments, **options: time.sleep(0.2) or open_file(*arguments, **options)  # a slow disk
     run([Source(path)], load_tokenizer(tokenizer), Path(folder), rows_per_shard=2000)
