@@ -107,13 +107,13 @@ def add_pairs(tally: Tally, loss: PreferenceLoss, logps: PairLogps, *, weights: 
 
 
 def add_diagnostics(
-    tally: Tally, loss: PreferenceLoss, logps: PairLogps, *, weights: Tensor, has_reference: bool
+    tally: Tally, loss: PreferenceLoss, logps: PairLogps, *, weights: Tensor, has_logratios: bool
 ) -> None:
     """Adds what one micro-batch says of DPO's known ways to fail.
 
     ``gradient_weight`` is the mean of ``sigmoid(-margin)``, the weight that a pair has in DPO's gradient (Rafailov et
     al. 2023, section 4, arXiv:2305.18290), and ``saturated`` the share of pairs where it is below ``SATURATED_BELOW``.
-    ``length_correlation`` is Pearson's, between reward margins and differences in length. With a reference, ``kl/*``
+    ``length_correlation`` is Pearson's, between reward margins and differences in length. With log-ratios, ``kl/*``
     are mean log-ratios a token, which estimate the KL divergence of the policy from the reference where responses came
     from the policy, and ``displaced`` is the share of chosen responses that are less likely than under the reference.
 
@@ -122,12 +122,12 @@ def add_diagnostics(
         loss: the pairs' losses and rewards, each ``(pairs,)``.
         logps: the pairs' summed log-probs.
         weights: ``(pairs,)``, 0 for stand-ins.
-        has_reference: whether the reference's log-probs are some.
+        has_logratios: whether the log-probs are of the same tokens under the policy and under a reference.
     """
     gradient = torch.sigmoid(-loss.margins)
     tally.add("gradient_weight", gradient, weights=weights)
     tally.add("saturated", (gradient < SATURATED_BELOW).double(), weights=weights)
-    if has_reference:
+    if has_logratios:
         for name, logratios, tokens in (
             ("kl/chosen", logps.chosen_logratios, logps.chosen_tokens),
             ("kl/rejected", logps.rejected_logratios, logps.rejected_tokens),

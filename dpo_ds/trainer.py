@@ -129,8 +129,10 @@ class Trainer:
         self._cached = cached
         self._objective = objective_of(config)
         self._running: dict[str, Running] = self._objective.start()
-        self._has_reference = engines.reference is not None or cached is not None
-        self._watchdog = self._watch() if self._has_reference else None
+        # Log-ratios that tell of the policy: of the same tokens under both models.
+        alike = config.loss.ld_reference or config.loss.ld_alpha in (None, 1)
+        self._has_logratios = alike and (engines.reference is not None or cached is not None)
+        self._watchdog = self._watch() if self._has_logratios else None
         self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
         # One, lest pairs that the feed has done with stay mapped.
         self._costs = lru_cache(maxsize=1)(self._costs_of)
@@ -510,7 +512,7 @@ class Trainer:
 
     def _add(self, tally: Tally, loss: PreferenceLoss, logps: PairLogps, weights: Tensor) -> None:
         add_pairs(tally, loss, logps, weights=weights)
-        add_diagnostics(tally, loss, logps, weights=weights, has_reference=self._has_reference)
+        add_diagnostics(tally, loss, logps, weights=weights, has_logratios=self._has_logratios)
 
     def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
         mine = [

@@ -252,12 +252,11 @@ def test_loss_and_gradient_stay_finite_at_extreme_margins(type, smoothing, extre
     assert logps.policy_chosen.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("type", LOSSES)
+# Beta-DPO's beta is a constant for the gradient, which finite differences do not know.
+@pytest.mark.parametrize("type", [name for name in LOSSES if name != "beta_dpo"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_gradients_are_those_of_finite_differences(type, reduction):
     loss = LOSSES[type]
-    if loss.needs_whole_step and loss.running:
-        pytest.skip("its beta is a constant for the gradient, which finite differences do not know")
     labels = given(
         **({"weights": WEIGHTS} if not loss.sorts_pairs else {}),
         **({"probabilities": PROBABILITIES} if loss.takes_soft_labels else {}),

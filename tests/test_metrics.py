@@ -81,7 +81,7 @@ def test_diagnostics_of_two_ranks_are_those_of_all_pairs_together():
         seen = PairLogps(*logps, chosen_tokens, rejected_tokens)
         tally = Tally(CPU)
         loss = preference_loss(seen, type="sigmoid", beta=1.0)
-        add_diagnostics(tally, loss, seen, weights=torch.ones(len(some)), has_reference=True)
+        add_diagnostics(tally, loss, seen, weights=torch.ones(len(some)), has_logratios=True)
         return tally
 
     one, two = tallied(rows[:1]), tallied(rows[1:])
@@ -98,7 +98,7 @@ def test_diagnostics_of_two_ranks_are_those_of_all_pairs_together():
 def test_what_does_not_vary_has_no_correlation_and_a_missing_reference_no_divergence():
     tally, logps = Tally(CPU), pairs([1.0, 2.0])
     loss = preference_loss(logps, type="sigmoid", beta=1.0)
-    add_diagnostics(tally, loss, logps, weights=torch.ones(2), has_reference=False)
+    add_diagnostics(tally, loss, logps, weights=torch.ones(2), has_logratios=False)
     means = tally.means(tally.packed())
     assert set(means) == {"gradient_weight", "saturated", "length_correlation"}
     assert math.isnan(means["length_correlation"])

@@ -562,6 +562,8 @@ def _described(config: RunConfig) -> str:
     loss = config.loss
     terms = [loss.type, *(f"{weight:g} x {name}" for name, weight in loss.add.items())]
     numbers = {"beta": loss.beta, **loss.parameters}
+    if loss.ld_alpha is not None:
+        numbers["ld_alpha"] = loss.ld_alpha
     extras = [word for word in (loss.divergence, loss.weighting) if word not in ("reverse_kl", "none")]
     return ", ".join([" + ".join(terms), *(f"{name} {number:g}" for name, number in numbers.items()), *extras])
 
