@@ -105,7 +105,9 @@ def test_the_summary_is_valid_json(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, capfd):
+def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, monkeypatch, capfd):
+    for name, value in {"ID": "4711", "NAME": "align", "PARTITION": "gpus"}.items():
+        monkeypatch.setenv(f"SLURM_JOB_{name}", value)
     tracker = open_tracker(tmp_path, wandb="offline", project="a-project", config={"loss": {"beta": 0.125}})
     histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}
     tracker.log({"step": 0, "split": "eval", "rewards/accuracies": 0.5, "histogram/rewards/margins": histogram})
@@ -115,14 +117,26 @@ def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, capfd):
     [folder] = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}")
     # The record is length-prefixed protobuf without compression.
     record = (folder / f"run-{run_id}.wandb").read_bytes()
-    for text in (b"a-project", b"eval/rewards/accuracies", b"rewards/margins", b"0.125", b"complete", b"deepspeed"):
+    for text in (
+        b"slurm-4711",
+        b"align",
+        b"gpus",
+        b"a-project",
+        b"eval/rewards/accuracies",
+        b"rewards/margins",
+        b"0.125",
+        b"complete",
+        b"deepspeed",
+    ):
         assert text in record, text
     assert b"eval/histogram/rewards/margins" in record
     # What wandb draws as a histogram, not as a table of numbers.
     assert b'"histogram"' in record
     assert b"eval/rewards/margins" not in record
     assert b"eval/step" not in record
-    assert "warning" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "warning" not in said
+    assert f"to send it: wandb sync {folder}" in said
 
 
 def test_no_process_outlives_a_finished_run(tmp_path, bare_wandb):

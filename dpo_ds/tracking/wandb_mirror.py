@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_ds.launcher.job import job_of
 from dpo_ds.tracking.record import METRICS_FILE, Mark, Metrics, plain, versions
 
 RUN_ID_FILE = "wandb_run_id"
 MIRROR_VARIABLE = "DPO_DS_WANDB_MIRROR"
 Mode = Literal["online", "offline"]
+_LONGEST_TAG = 64
+"""Characters; wandb refuses runs with longer ones."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class MirrorSettings:
         config: what wandb shows as the run's config.
         run_pid: the process whose use of the machine wandb shows.
         patience_s: how long wandb may take to connect, and to end after the run.
+        group: what wandb shows runs of one job under, None where no scheduler runs it.
+        tags: of the run.
     """
 
     folder: str
@@ -38,6 +43,8 @@ class MirrorSettings:
     config: dict[str, Any]
     run_pid: int
     patience_s: float
+    group: str | None
+    tags: tuple[str, ...]
 
 
 class WandbMirror:
@@ -68,6 +75,7 @@ class WandbMirror:
             patience_s: how long wandb may take to connect, and to end after the run.
         """
         self._folder, self._patience_s = folder.resolve(), patience_s
+        job = job_of(os.environ)
         settings = MirrorSettings(
             folder=str(self._folder),
             mode=mode,
@@ -76,6 +84,8 @@ class WandbMirror:
             config={**config, "versions": versions()},
             run_pid=os.getpid(),
             patience_s=patience_s,
+            group=job.name if job else None,
+            tags=tuple(tag[:_LONGEST_TAG] for tag in job.tags) if job else (),
         )
         self._run_id = settings.run_id
         # For people, who may want to look it up.

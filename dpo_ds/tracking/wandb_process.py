@@ -5,6 +5,7 @@ It hears from the run on stdin: the summary, in one line. When stdin ends withou
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -37,7 +38,10 @@ def mirror(settings: MirrorSettings) -> None:
         lines.copy_to(run)
     lines.copy_to(run)
     run.summary.update(json.loads(end.said) if end.said else {"status": "died"})
+    place = run.settings.sync_dir
     run.finish(exit_code=0 if end.said else 1)
+    if settings.mode == "offline":
+        _say(f"wandb: the run is in {place}; to send it: wandb sync {shlex.quote(place)}")
 
 
 def _start(settings: MirrorSettings) -> Any:
@@ -50,6 +54,9 @@ def _start(settings: MirrorSettings) -> Any:
         name=Path(settings.folder).name,
         dir=settings.folder,
         config=settings.config,
+        # What the user has set for wandb goes first.
+        group=None if "WANDB_RUN_GROUP" in os.environ else settings.group,
+        tags=None if "WANDB_TAGS" in os.environ else settings.tags,
         resume="allow",
         settings=wandb.Settings(
             console="off", init_timeout=settings.patience_s, silent=True, x_stats_pid=settings.run_pid
