@@ -174,7 +174,7 @@ def written_meanwhile(world: World, model: str, folder: str) -> None:
 
 
 def lack_of_space_is_named(world: World, model: str, folder: str) -> None:
-    checkpoint._BYTES_PER_PARAMETER = 10**15
+    checkpoint.BYTES_PER_PARAMETER = 10**15
     checkpoints = checkpoints_of(engines_of(model, world), world, folder)
     try:
         with pytest.raises(UserError, match=r"a checkpoint needs about \d+.\d GiB in .*, where .* GiB are free"):
@@ -183,7 +183,7 @@ def lack_of_space_is_named(world: World, model: str, folder: str) -> None:
         world.barrier()
         assert not Path(folder).exists()
     finally:
-        checkpoint._BYTES_PER_PARAMETER = 12
+        checkpoint.BYTES_PER_PARAMETER = 12
 
 
 class Payload:
