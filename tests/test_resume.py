@@ -167,7 +167,7 @@ def test_another_reference_is_refused(again, tiny_chat, tmp_path):
     other.save_pretrained(tmp_path / "other")
     finished = start(again, "--model.reference", str(tmp_path / "other"))
     [error] = [line for said in finished.errors for line in said.splitlines() if line.startswith("error:")]
-    assert finished.codes[0] == 2
+    assert finished.codes[0] == 2, finished.errors
     assert error.startswith("error: model.reference is '")
     assert "--allow_changed model.reference" in error
 
@@ -287,7 +287,7 @@ def test_a_folder_in_which_another_run_works_is_left_alone(again):
     before = record(again)
     with FileLock(again / "out/.lock"):
         finished = start(again)
-    assert finished.codes[0] == 2
+    assert finished.codes[0] == 2, finished.errors
     assert "is in use by another run" in "".join(finished.errors)
     assert record(again) == before
 

@@ -69,6 +69,7 @@ def start(
         sys.exit(2)
     end_with_launcher()
     folder = None
+    leave: Callable[[int], NoReturn] = sys.exit
     try:
         run = parse_run(argv)
         os.environ.update(run.config.env)
@@ -98,24 +99,25 @@ def start(
             meeting.wait()
         if inputs is not None and identity.rank == 0:
             print(inputs.plan, flush=True)
+        leave = _leave_at_once
         work(inputs, identity, meeting, request)
     except PeerError:
         time.sleep(_HEAD_START_S)
-        sys.exit(2)
+        leave(2)
     except Stopped as stopped:
         # DeepSpeed's launcher ends the ranks that are a moment later than the first, whose 200 would become 143.
         ignore_signals()
         if identity.rank == 0:
             print(stopped, flush=True)
-        sys.exit(STOPPED_CODE)
+        leave(STOPPED_CODE)
     except (UserError, RunError) as error:
-        _leave(identity, error, folder)
+        leave(_refused(identity, error, folder))
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
         place = error.filename or f"output_dir {run.config.output_dir}"
         mended = "make room and make it writable; the same command goes on from the last checkpoint"
-        _leave(identity, UserError(f"{place} cannot be written ({error.strerror}); {mended}"), folder)
+        leave(_refused(identity, UserError(f"{place} cannot be written ({error.strerror}); {mended}"), folder))
 
 
 def _facts(run: Run, identity: Identity) -> dict[str, str]:
@@ -142,7 +144,8 @@ def _node_named(identity: Identity) -> Iterator[None]:
         raise UserError(f"{error} (on {host})") from error
 
 
-def _leave(identity: Identity, error: UserError | RunError, folder: Path | None) -> NoReturn:
+def _refused(identity: Identity, error: UserError | RunError, folder: Path | None) -> int:
+    """Says why the run ends, in time for the launcher, and returns the exit code."""
     if folder is not None and identity.rank == 0:
         unmark(folder)  # a scheduler that started this run again would meet the same error
     if not identity.speaks_for_node:
@@ -150,4 +153,15 @@ def _leave(identity: Identity, error: UserError | RunError, folder: Path | None)
         # make the launcher end that one instead, perhaps before it has spoken.
         time.sleep(_GRACE_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2 if isinstance(error, UserError) else 1)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Ends this process behind the interpreter's back.
+
+    One of the process group's threads may still hold a tensor. Letting it go while the interpreter ends would abort
+    the process, and the code would be 134: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

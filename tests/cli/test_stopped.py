@@ -10,7 +10,7 @@ import yaml
 
 PAIR = {"prompt": "tea is", "chosen": " hot", "rejected": " salt."}
 PROCESS = """
-import os
+import sys
 from pathlib import Path
 from dpo_ds.cli.train import start
 from dpo_ds.errors import RunError, Stopped
@@ -24,11 +24,7 @@ def stop(*_):
 def fail(*_):
     raise RunError("step 4: the loss is not finite")
 
-for work in (stop, fail):
-    try:
-        start(["--config", "run.yaml"], work)
-    except SystemExit as left:
-        print(left.code, Path("out/RESUME.json").exists(), flush=True)
+start(["--config", "run.yaml"], globals()[sys.argv[1]])
 """
 
 
@@ -49,8 +45,17 @@ def folder(tmp_path: Path, tiny_chat: Path) -> Path:
     return tmp_path
 
 
+def ended(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROCESS, how]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+
+
 def test_a_stopped_run_exits_with_200_and_one_that_cannot_go_on_takes_the_marker_away(folder):
-    finished = subprocess.run([sys.executable, "-c", PROCESS], cwd=folder, capture_output=True, text=True, timeout=100)
-    said = [line for line in finished.stdout.splitlines() if line.startswith(("stopped", "200", "1 "))]
-    assert said == ["stopped by SIGTERM after step 3; the same command goes on from there", "200 True", "1 False"]
-    assert finished.stderr == "error: step 4: the loss is not finite\n"
+    stopped = ended(folder, "stop")
+    assert stopped.returncode == 200
+    assert stopped.stdout.endswith("stopped by SIGTERM after step 3; the same command goes on from there\n")
+    assert (folder / "out/RESUME.json").exists()
+    failed = ended(folder, "fail")
+    assert failed.returncode == 1
+    assert failed.stderr == "error: step 4: the loss is not finite\n"
+    assert not (folder / "out/RESUME.json").exists()
