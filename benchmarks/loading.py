@@ -5,14 +5,14 @@ python -m benchmarks.loading; the deepspeed launcher starts it once more as each
 
 import argparse
 import json
+import os
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import anonymous_bytes, watched
 from benchmarks.ranks import ROOT, run_ranks
 
 RANKS = 2
@@ -113,8 +113,8 @@ def _load(args: argparse.Namespace) -> None:
     config = reference_ds_config(_CONFIG, dtype="bfloat16")
     path, dtype = str(args.model), torch.bfloat16
     world.barrier()
-    before, start = _anonymous_bytes(), time.perf_counter()
-    with _watched() as seen:
+    before, start = anonymous_bytes(os.getpid()), time.perf_counter()
+    with watched(partial(anonymous_bytes, os.getpid()), every_s=_SAMPLE_S) as seen:
         if args.way == "parts":
             model = load_sharded(
                 path, ds_config=config, dtype=dtype, attention="auto", trust_remote_code=False, world=world
@@ -126,35 +126,12 @@ def _load(args: argparse.Namespace) -> None:
             world.agree(difference_from_files(model, path))
     seconds = time.perf_counter() - start
     world.trim_memory()
-    mine = (seconds, max(seen) - before, _anonymous_bytes() - before)
+    mine = (seconds, max(seen) - before, anonymous_bytes(os.getpid()) - before)
     times, peaks, lefts = zip(*world.gather(mine), strict=True)
     found = {"seconds": max(times), "peak": peaks, "left": lefts, "fingerprint": fingerprint(model, world)}
     if world.rank == 0:
         args.out.write_text(json.dumps(found))
     world.leave()
-
-
-@contextmanager
-def _watched() -> Iterator[list[int]]:
-    seen, is_over = [_anonymous_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(_SAMPLE_S):
-            seen.append(_anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        is_over.set()
-        watcher.join()
-
-
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("RssAnon:"))
-    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

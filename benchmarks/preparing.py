@@ -10,15 +10,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.memory import anonymous_bytes, watched
 from benchmarks.ranks import ROOT
 
 WAYS = {"prepare": "dpo_ds prepare", "map": "datasets.map"}
@@ -156,7 +155,7 @@ def _measure(args: argparse.Namespace) -> None:
     prepared = args.cache / "prepared"
     shutil.rmtree(prepared, ignore_errors=True)
     prepare_or_map = _prepare if args.way == "prepare" else _map
-    with _watched() as seen:
+    with watched(partial(anonymous_bytes, os.getpid()), every_s=_SAMPLE_S) as seen:
         seconds, cpu, tokens = prepare_or_map(args.data, args.tokenizer, int(args.processes), prepared)
     args.out.write_text(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": tokens, "peak": max(seen)}))
     shutil.rmtree(prepared, ignore_errors=True)
@@ -214,37 +213,6 @@ def _map(data: str, tokenizer: str, processes: int, folder: Path) -> tuple[float
 def _cpu_seconds() -> float:
     """Returns what this process and those that it started and that have ended have worked, others' work left out."""
     return sum(os.times()[:4])
-
-
-@contextmanager
-def _watched() -> Iterator[list[int]]:
-    seen, is_over = [_anonymous_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(_SAMPLE_S):
-            seen.append(_anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        is_over.set()
-        watcher.join()
-
-
-def _anonymous_bytes() -> int:
-    """Returns what this process and all that it started hold."""
-    waiting, total = [os.getpid()], 0
-    while waiting:
-        process = Path("/proc") / str(waiting.pop())
-        try:
-            status = (process / "status").read_text().splitlines()
-            waiting += [int(child) for task in process.glob("task/*/children") for child in task.read_text().split()]
-        except OSError:  # it has just ended
-            continue
-        total += sum(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
-    return total
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ python -m benchmarks.streaming; a block is asked for as soon as the one before w
 
 import argparse
 import json
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from benchmarks.memory import anonymous_bytes, watched
 from benchmarks.preparing import write_rows, write_tokenizer
 from benchmarks.ranks import ROOT
 from dpo_ds.data.blocks import BlockSchedule
@@ -86,42 +86,35 @@ def _opened(texts: Path, tokenizer: Tokenizer, folder: Path, args: argparse.Name
 
 
 def _measured(stream: Stream, schedule: BlockSchedule, tokenizer: Tokenizer) -> dict[str, float]:
-    most, over = {"blocks": 0.0, "bytes": 0.0, "anonymous bytes": 0.0}, threading.Event()
     supplier = Supplier(stream, schedule, tokenizer, turn=0)
 
-    def watch() -> None:
-        while not over.wait(_SAMPLE_S):
-            with suppress(FileNotFoundError):
-                for name, now in (
-                    ("blocks", sum(path.is_dir() for path in stream.blocks.iterdir())),
-                    ("bytes", sum(path.stat().st_size for path in stream.blocks.rglob("*.arrow"))),
-                    ("anonymous bytes", _anonymous_bytes(supplier.pid)),
-                ):
-                    most[name] = max(most[name], now)
+    def measure() -> tuple[int, int, int]:
+        return sum(path.is_dir() for path in stream.blocks.glob("*")), _bytes_of(stream.blocks), anonymous_bytes(supplier.pid)
 
-    watching = threading.Thread(target=watch)
-    watching.start()
     feed = StreamFeed(stream, schedule, supplier=supplier, patience_s=600)
     came, block_bytes = [], 0
     try:
-        for step in range(1, schedule.steps + 1):
-            pairs, _ = feed.of_step(step)
-            came.append(time.monotonic())
-            block_bytes = sum(path.stat().st_size for path in pairs.path.glob("*.arrow"))
+        with watched(measure, every_s=_SAMPLE_S) as seen:
+            for step in range(1, schedule.steps + 1):
+                pairs, _ = feed.of_step(step)
+                came.append(time.monotonic())
+                block_bytes = _bytes_of(pairs.path)
     finally:
-        over.set()
-        watching.join()
         supplier.stop()
-    return {f"most/{name}": value for name, value in most.items()} | {
+    names = ("most/blocks", "most/bytes", "most/anonymous bytes")
+    return dict(zip(names, map(max, zip(*seen, strict=True)), strict=True)) | {
         "bytes of one block": block_bytes,
         "bytes of all blocks": block_bytes * schedule.rows / schedule.rows_per_block,
         "rows a second": schedule.rows_per_block * (len(came) - 1) / (came[-1] - came[0]),
     }
 
 
-def _anonymous_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+def _bytes_of(folder: Path) -> int:
+    total = 0
+    with suppress(FileNotFoundError):  # a block may be taken away while it is looked at
+        for path in folder.rglob("*.arrow"):
+            total += path.stat().st_size
+    return total
 
 
 if __name__ == "__main__":
