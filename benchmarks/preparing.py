@@ -163,7 +163,8 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _prepare(data: str, tokenizer: str, processes: int, folder: Path) -> tuple[float, float, int]:
     """All that the command does: counts the rows, hashes them, tokenizes, checks, writes."""
-    from dpo_ds.data.prepare import Source, prepare
+    from dpo_ds.data.preferences import Source
+    from dpo_ds.data.prepare import prepare
     from dpo_ds.models.tokenizer import load_tokenizer
 
     opened = load_tokenizer(tokenizer)

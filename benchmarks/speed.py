@@ -158,7 +158,7 @@ def _dpo_ds(program: Program, given: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _dpo_ds_results(folder: Path) -> tuple[list[float], list[float], list[str]]:
-    from dpo_ds.data.prepare import open_prepared
+    from dpo_ds.data.prepared import open_prepared
 
     steps = steps_of(folder)
     pairs = open_prepared(next(path.parent for path in (folder / "run" / "data").rglob("manifest.json")))

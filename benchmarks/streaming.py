@@ -89,7 +89,11 @@ def _measured(stream: Stream, schedule: BlockSchedule, tokenizer: Tokenizer) -> 
     supplier = Supplier(stream, schedule, tokenizer, turn=0)
 
     def measure() -> tuple[int, int, int]:
-        return sum(path.is_dir() for path in stream.blocks.glob("*")), _bytes_of(stream.blocks), anonymous_bytes(supplier.pid)
+        return (
+            sum(path.is_dir() for path in stream.blocks.glob("*")),
+            _bytes_of(stream.blocks),
+            anonymous_bytes(supplier.pid),
+        )
 
     feed = StreamFeed(stream, schedule, supplier=supplier, patience_s=600)
     came, block_bytes = [], 0

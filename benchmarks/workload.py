@@ -16,7 +16,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_ds.data.prepare import Source, prepare
+from dpo_ds.data.preferences import Source
+from dpo_ds.data.prepare import prepare
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config
 from dpo_ds.models.tokenizer import load_tokenizer
 

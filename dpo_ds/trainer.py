@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dpo_ds.config import RunConfig, source_names
 from dpo_ds.data.batch import PairBatch, discounted, packed_batch, padded_batch
 from dpo_ds.data.feed import Feed
-from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import (
     PackedRows,
     PaddedRows,

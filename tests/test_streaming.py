@@ -6,7 +6,7 @@ import pytest
 
 from dpo_ds.cli.preflight import preflight
 from dpo_ds.config import parse_run
-from dpo_ds.data.prepare import open_prepared
+from dpo_ds.data.prepared import open_prepared
 from dpo_ds.errors import UserError
 from tests.test_resume import checkpoints, look, record, start, write_run
 

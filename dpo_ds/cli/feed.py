@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.schedules import block_schedule_of, schedule_of
 from dpo_ds.data.feed import Feed, WholeFeed
-from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.supply import StreamFeed, Supplier
 from dpo_ds.models.tokenizer import load_tokenizer
 

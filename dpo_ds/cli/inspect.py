@@ -16,7 +16,8 @@ import numpy as np
 
 from dpo_ds.config import DataSource, Run, parse_run, resolve_path
 from dpo_ds.data.preferences import Message, Scored, Source
-from dpo_ds.data.prepare import check_dropped, tokenize
+from dpo_ds.data.prepared import check_dropped
+from dpo_ds.data.row_tokenizer import tokenize
 from dpo_ds.data.rows import load_rows
 from dpo_ds.data.tokenization import Mask, TokenizedPair, Tokenizer, Truncation, merges_at_boundary
 from dpo_ds.models.tokenizer import SentencePieceTokenizer, load_tokenizer

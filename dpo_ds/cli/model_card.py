@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.config import DataSource, flat
-from dpo_ds.data.prepare import open_prepared
+from dpo_ds.data.prepared import open_prepared
 from dpo_ds.tracking import METRICS_FILE, versions
 
 # Neither what only the user's machine knows (places, environment) nor what does not change the model.

@@ -14,7 +14,9 @@ import torch
 from dpo_ds.cli.schedules import block_schedule_of, schedule_of
 from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
 from dpo_ds.data.blocks import BlockSchedule
-from dpo_ds.data.prepare import PreparedPairs, Source, open_prepared, prepare
+from dpo_ds.data.preferences import Source
+from dpo_ds.data.prepare import prepare
+from dpo_ds.data.prepared import PreparedPairs, open_prepared
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.stream import Stream, open_stream
 from dpo_ds.data.tokenization import Tokenizer

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from dpo_ds.cli.model_card import last_evaluation, model_card
 from dpo_ds.cli.preflight import Inputs
 from dpo_ds.data.batch import packed_batch, padded_batch
-from dpo_ds.data.prepare import open_prepared
+from dpo_ds.data.prepared import open_prepared
 from dpo_ds.engine import PolicyEngine, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from dpo_ds.engine.export import Probe, export

@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from dpo_ds.cli.preflight import Inputs
-from dpo_ds.data.prepare import open_prepared
+from dpo_ds.data.prepared import open_prepared
 from dpo_ds.engine import World, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest

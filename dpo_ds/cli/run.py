@@ -17,7 +17,7 @@ from dpo_ds.cli.preflight import Inputs
 from dpo_ds.cli.publish import export_policy, push_to_hub
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
-from dpo_ds.data.prepare import PreparedPairs, open_prepared
+from dpo_ds.data.prepared import PreparedPairs, open_prepared
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room

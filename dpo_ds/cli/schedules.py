@@ -2,7 +2,7 @@
 
 from dpo_ds.config import RunConfig
 from dpo_ds.data.blocks import BlockSchedule
-from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import Part, Schedule
 from dpo_ds.data.stream import Stream
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.tokenization import TokenizedPair
 

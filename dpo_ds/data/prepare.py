@@ -13,295 +13,39 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dpo_ds.data.preferences import Columns, DropReason, Preference, Scored, read_preferences
-from dpo_ds.data.preferences import Source as Source
+from dpo_ds.data.preferences import Scored, Source
+from dpo_ds.data.prepared import (
+    FORMAT,
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    PreparedPairs,
+    check_dropped,
+    open_prepared,
+    read_manifest,
+)
 from dpo_ds.data.processes import map_in_order
-from dpo_ds.data.rows import Row, Rows, load_rows, rows_between
-from dpo_ds.data.schedule import Lengths
-from dpo_ds.data.tokenization import TokenizedPair, Tokenizer, Truncation, tokenize_pair
+from dpo_ds.data.row_tokenizer import Chunk, RowTokenizer, numbered, progress_bar
+from dpo_ds.data.rows import Rows, load_rows, rows_between
+from dpo_ds.data.tokenization import Tokenizer, Truncation
 from dpo_ds.errors import UserError
 
-_FORMAT = 3
 _ROWS_PER_CHUNK = 500
 _ROWS_PER_SHARD = 32_000
-_MANIFEST = "manifest.json"
 _ASIDE = re.compile(r"\.[0-9a-f]{32}")
 _SILENT_S = 1
 _ASIDE_IS_KEPT_S = 7 * 24 * 3600
-_IDS = pa.list_(pa.int32())
-_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "row": pa.int64(),
-        "source": pa.int32(),
-        "prompt_ids": _IDS,
-        "chosen_ids": _IDS,
-        "rejected_ids": _IDS,
-        "chosen_scored": pa.list_(pa.bool_()),
-        "rejected_scored": pa.list_(pa.bool_()),
-        "probability": pa.float64(),
-        "margin": pa.float64(),
-        "weight": pa.float64(),
-    }
-)
-_OPTIONAL = ("chosen_scored", "rejected_scored", "probability", "margin", "weight")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of prepared pairs says of itself; ``rows_read + expanded == pairs + sum(dropped.values())``.
-
-    Attributes:
-        format: version of the files' layout.
-        key: hash of all that the pairs depend on.
-        sources: files, folders and hub ids, in the order that the column ``source`` counts from 0.
-        parts: for each of them which of the given sources, counted from 0, names it.
-        tokenizer: its identity.
-        max_length: bound on the tokens of prompt + longer response.
-        truncation: what was done with longer ones.
-        scored: which turns of a conversation are scored.
-        rows_read: rows of all sources.
-        pairs: what could be used.
-        dropped: what could not, by reason.
-        first_dropped: for each reason the file and row (counted from 1) where it was met first.
-        expanded: how many more pairs than one a row the rows with ranked answers name.
-        shards: the files with the pairs, in order, and the blake2b of each.
-    """
-
-    format: int
-    key: str
-    sources: list[str]
-    parts: list[int]
-    tokenizer: str
-    max_length: int
-    truncation: Truncation | None
-    scored: Scored
-    rows_read: int
-    pairs: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    first_dropped: dict[str, str] = field(default_factory=dict)
-    expanded: int = 0
-    shards: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedPairs:
-    """Tokenized pairs, mapped into memory.
-
-    Attributes:
-        path: their folder.
-        manifest: what it holds and how that came about.
-        table: one row a pair: ``id``, ``row`` (in its source, from 1), ``source``, ``prompt_ids``, ``chosen_ids``,
-            ``rejected_ids``, and, null where a pair has no such thing, ``chosen_scored``, ``rejected_scored``,
-            ``probability``, ``margin`` and ``weight``.
-    """
-
-    path: Path
-    manifest: Manifest
-    table: pa.Table
-
-    def __len__(self) -> int:
-        return self.manifest.pairs
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """Rows that could not be used, by reason."""
-        return self.manifest.dropped
-
-    def pair(self, index: int) -> TokenizedPair:
-        """Returns one pair."""
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        prompt, chosen, rejected = (tuple(self.table[name][index].values.to_pylist()) for name in columns)
-        given = {name: self.table[name][index].as_py() for name in self._given}
-        more: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
-        return TokenizedPair(self.table["id"][index].as_py(), prompt, chosen, rejected, **more)
-
-    def where(self, index: int) -> str:
-        """Returns which row of which source a pair was, for messages."""
-        source = self.manifest.sources[self.table["source"][index].as_py()]
-        return f"{source} row {self.table['row'][index].as_py()}"
-
-    @cached_property
-    def _given(self) -> list[str]:
-        return [name for name in _OPTIONAL if self.table[name].null_count < len(self.table)]
-
-    @cached_property
-    def part(self) -> NDArray[np.int64]:
-        """Which of the given sources, counted from 0, each pair is from, ``(pairs,)``, in ascending order."""
-        parts: NDArray[np.int64] = np.array(self.manifest.parts)[self.table["source"].to_numpy()]
-        return parts
-
-    @property
-    def pairs_of_parts(self) -> list[int]:
-        """How many pairs each of the given sources has."""
-        counts: list[int] = np.bincount(self.part, minlength=self.manifest.parts[-1] + 1).tolist()
-        return counts
-
-    @cached_property
-    def lengths(self) -> Lengths:
-        """Tokens of prompts, chosen and rejected responses."""
-        return Lengths(
-            *(
-                pc.list_value_length(self.table[name]).to_numpy().astype(np.int64)
-                for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-            )
-        )
-
-
-class Outcome(NamedTuple):
-    """What became of a row, or of one of the pairs that a row names.
-
-    Attributes:
-        source: place of its file, folder or hub id among all.
-        row: number in there, from 1.
-        preference: the texts, None where the row has none.
-        pair: the tokens, or why there are none.
-    """
-
-    source: int
-    row: int
-    preference: Preference | None
-    pair: TokenizedPair | DropReason
-
-
-class NumberedRow(NamedTuple):
-    """A row and where it was read.
-
-    Attributes:
-        source: place of its file, folder or hub id among all.
-        number: in there, from 1.
-        cells: by column.
-    """
-
-    source: int
-    number: int
-    cells: Row
-
-
-@dataclass(frozen=True)
-class RowTokenizer:
-    """All that decides what becomes of a row; it can be sent to another process.
-
-    Attributes:
-        files: path and column names of each file, folder or hub id.
-        tokenizer: the policy's.
-        max_length: bound on the tokens of prompt + longer response.
-        truncation: as in ``tokenize_pair``.
-        scored: as in ``read_preferences``.
-    """
-
-    files: tuple[tuple[str, Columns], ...]
-    tokenizer: Tokenizer
-    max_length: int
-    truncation: Truncation | None
-    scored: Scored
-
-    def outcomes(self, row: NumberedRow) -> Iterator[Outcome]:
-        """Yields what becomes of each preference that a row holds.
-
-        Raises:
-            UserError: the row lacks a column, or needs a chat template that there is not.
-        """
-        path, columns = self.files[row.source]
-        where = f"{path} row {row.number}"
-        for read in read_preferences(row.cells, columns=columns, where=where, scored=self.scored):
-            if isinstance(read, str):
-                yield Outcome(row.source, row.number, None, read)
-                continue
-            pair = tokenize_pair(read, self.tokenizer, max_length=self.max_length, truncation=self.truncation)
-            yield Outcome(row.source, row.number, read, pair)
-
-    def __call__(self, rows: Sequence[NumberedRow]) -> "Chunk":
-        """Returns what becomes of some rows, as it is stored."""
-        outcomes = [outcome for row in rows for outcome in self.outcomes(row)]
-        kept = [
-            {"row": outcome.row, "source": outcome.source, **vars(outcome.pair)}
-            for outcome in outcomes
-            if not isinstance(outcome.pair, str)
-        ]
-        dropped = [(outcome.pair, outcome.source, outcome.row) for outcome in outcomes if isinstance(outcome.pair, str)]
-        return Chunk(len(rows), pa.RecordBatch.from_pylist(kept, schema=_SCHEMA), dropped)
-
-
-class Chunk(NamedTuple):
-    """What became of some rows.
-
-    Attributes:
-        rows: how many they were.
-        pairs: what could be used.
-        dropped: what could not: reason, place of the file among all, and row.
-    """
-
-    rows: int
-    pairs: pa.RecordBatch
-    dropped: list[tuple[DropReason, int, int]]
-
-
-def tokenize(
-    files: Sequence[Rows],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    truncation: Truncation | None,
-    scored: Scored = "last_turn",
-) -> Iterator[Outcome]:
-    """Yields what becomes of each row, in order, behind a progress bar if it takes long.
-
-    Args:
-        files: as ``load_rows`` gives them.
-        tokenizer: the policy's.
-        max_length: bound on the tokens of prompt + longer response.
-        truncation: as in ``tokenize_pair``.
-        scored: as in ``read_preferences``.
-
-    Raises:
-        UserError: a file is broken in the middle, lacks a column, or needs a chat template that there is not.
-    """
-    work = _row_tokenizer(files, tokenizer, max_length, truncation, scored)
-    with _progress_bar(files) as bar:
-        for row in _numbered(dict(enumerate(files))):
-            yield from work.outcomes(row)
-            bar.update()
-
-
-def _row_tokenizer(
-    files: Sequence[Rows], tokenizer: Tokenizer, max_length: int, truncation: Truncation | None, scored: Scored
-) -> RowTokenizer:
-    paths = tuple((rows.path, dict(rows.columns)) for rows in files)
-    return RowTokenizer(paths, tokenizer, max_length, truncation, scored)
-
-
-def _numbered(files: Mapping[int, Rows]) -> Iterator[NumberedRow]:
-    return (NumberedRow(source, number, row) for source, rows in files.items() for number, row in rows)
-
-
-def _progress_bar(files: Sequence[Rows], *, begun: int = 0, is_shown: bool = True) -> "tqdm[NoReturn]":
-    # A terminal sees at once that something goes on; a job's log gets a line where that takes long, and few of them.
-    waits_s, every_s = (0.1, 0.1) if sys.stderr.isatty() else (10, 30)
-    return tqdm(
-        total=sum(map(len, files)),
-        initial=begun,
-        desc="tokenizing",
-        unit="row",
-        delay=waits_s,
-        mininterval=every_s,
-        disable=not is_shown,
-    )
 
 
 def prepare(
@@ -393,7 +137,7 @@ def prepare_rows(
         with _locked(lock):
             if not (folder / key).exists():
                 blank = Manifest(
-                    format=_FORMAT,
+                    format=FORMAT,
                     key=key,
                     sources=[rows.path for rows in files],
                     parts=[*parts],
@@ -403,7 +147,7 @@ def prepare_rows(
                     scored=scored,
                     rows_read=sum(map(len, files)),
                 )
-                work = _row_tokenizer(files, tokenizer, max_length, truncation, scored)
+                work = RowTokenizer.of(files, tokenizer, max_length=max_length, truncation=truncation, scored=scored)
                 _write(
                     files,
                     work,
@@ -426,35 +170,6 @@ def prepare_rows(
             with suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def open_prepared(path: Path) -> PreparedPairs:
-    """Maps prepared pairs into memory; cheap, so every rank may call it.
-
-    Args:
-        path: the folder that ``prepare`` wrote.
-
-    Raises:
-        UserError: the folder is missing, damaged or of another version.
-    """
-    try:
-        manifest = _read_manifest(path)
-        shards = [pa.ipc.open_file(pa.memory_map(str(path / shard))).read_all() for shard in manifest.shards]
-        table = pa.concat_tables(shards)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is no complete folder of prepared pairs; delete it, and it will be written again"
-        ) from error
-    if len(table) != manifest.pairs:
-        raise UserError(f"{path} lacks some of its {manifest.pairs} pairs; delete it, and it will be written again")
-    return PreparedPairs(path, manifest, table)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    values = json.loads((path / _MANIFEST).read_text())
-    if values["format"] != _FORMAT:
-        raise UserError(f"the prepared pairs in {path} are of another version; delete the folder")
-    return Manifest(**values)
 
 
 @contextmanager
@@ -514,14 +229,14 @@ def _write(
     aside, target = folder / f".{blank.key}", folder / blank.key
     try:
         aside.mkdir(exist_ok=True)
-        if not (aside / _MANIFEST).exists():
+        if not (aside / MANIFEST).exists():
             shards = _write_shards(
                 files, work, aside, processes=processes, rows_per_shard=rows_per_shard, shows_bar=shows_bar
             )
             manifest = _manifest(blank, shards)
             check_dropped(manifest, max_dropped)
-            _put(aside / _MANIFEST, asdict(manifest))
-        whole = {_MANIFEST, *_read_manifest(aside).shards}
+            _put(aside / MANIFEST, asdict(manifest))
+        whole = {MANIFEST, *read_manifest(aside).shards}
         for path in aside.iterdir():
             if path.name not in whole:
                 path.unlink()
@@ -552,14 +267,14 @@ def _write_shards(
     rows_read = sum(map(len, files))
     shards = _whole_shards(aside)
     begun = sum(shard.rows for shard in shards)
-    numbered = _numbered(rows_between(files, begun, rows_read))
+    rest = numbered(rows_between(files, begun, rows_read))
     chunks = map_in_order(
         work,
-        iter(lambda: list(islice(numbered, _ROWS_PER_CHUNK)), []),
+        iter(lambda: list(islice(rest, _ROWS_PER_CHUNK)), []),
         count=-(-(rows_read - begun) // _ROWS_PER_CHUNK),
         processes=processes,
     )
-    with closing(chunks), _progress_bar(files, begun=begun, is_shown=shows_bar) as bar:
+    with closing(chunks), progress_bar(files, begun=begun, is_shown=shows_bar) as bar:
         for number in range(len(shards), -(-rows_read // rows_per_shard)):
             shards.append(_write_shard(aside, number, islice(chunks, rows_per_shard // _ROWS_PER_CHUNK), files, bar))
     return shards
@@ -572,7 +287,7 @@ def _write_shard(
     first_dropped: dict[str, str] = {}
     rows = pairs = 0
     written = aside / f".{uuid.uuid4().hex}"
-    with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for chunk in chunks:
             writer.write_batch(chunk.pairs)
             rows += chunk.rows
@@ -642,59 +357,8 @@ def _sync(file: Path) -> None:
 
 
 def _content_key(files: Sequence[Rows], settings: Sequence[object]) -> str:
-    named = [_FORMAT, *settings, [sorted(rows.columns.items()) for rows in files]]
+    named = [FORMAT, *settings, [sorted(rows.columns.items()) for rows in files]]
     digest = hashlib.blake2b(json.dumps(named).encode(), digest_size=16)
     for rows in files:
         rows.update(digest)
     return digest.hexdigest()
-
-
-class Counts(Protocol):
-    """What became of some rows, counted; attributes as ``Manifest`` says."""
-
-    @property
-    def sources(self) -> Sequence[str]: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def rows_read(self) -> int: ...
-    @property
-    def expanded(self) -> int: ...
-    @property
-    def pairs(self) -> int: ...
-    @property
-    def dropped(self) -> Mapping[str, int]: ...
-    @property
-    def first_dropped(self) -> Mapping[str, str]: ...
-
-
-def check_dropped(counts: Counts, max_dropped: float) -> None:
-    """Checks how much could not be used.
-
-    Raises:
-        UserError: a larger share than ``max_dropped``, or everything.
-    """
-    dropped = sum(counts.dropped.values())
-    candidates = counts.rows_read + counts.expanded
-    if counts.pairs and dropped <= max_dropped * candidates:
-        return
-    reasons = ", ".join(
-        f"{reason} {count} (first: {counts.first_dropped[reason]})"
-        for reason, count in sorted(counts.dropped.items(), key=lambda item: -item[1])
-    )
-    remedies = ["mend them"]
-    if "not text" in counts.dropped:
-        remedies[0] += " (text is a string, or a list of {role, content} whose last turn is the assistant's)"
-    if "too long" in counts.dropped:
-        remedies += [f"raise data.max_length ({counts.max_length})", "set data.truncation"]
-    if counts.pairs:
-        remedies.append("or raise data.max_dropped")
-    raise UserError(
-        f"{dropped} of {candidates} {'pairs' if counts.expanded else 'rows'} of {_some(counts.sources)} cannot be "
-        f"used: {reasons}; "
-        f"data.max_dropped allows a share of {max_dropped:g}: {', '.join(remedies)}"
-    )
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_ds.data.preferences import Scored, Source
-from dpo_ds.data.prepare import PreparedPairs, prepare_rows
+from dpo_ds.data.prepare import prepare_rows
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.random_access import random_access
 from dpo_ds.data.rows import Rows, load_rows, rows_between
 from dpo_ds.data.tokenization import Tokenizer, Truncation

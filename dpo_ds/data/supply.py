@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.feed import StepPairs
-from dpo_ds.data.prepare import PreparedPairs, open_prepared
+from dpo_ds.data.prepared import PreparedPairs, open_prepared
 from dpo_ds.data.processes import stand_behind_parent
 from dpo_ds.data.stream import Stream
 from dpo_ds.data.tokenization import TokenizedPair, Tokenizer

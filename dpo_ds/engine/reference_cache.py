@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
-from dpo_ds.data.prepare import PreparedPairs
+from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, plan_evaluation
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.reference_key import Scoring

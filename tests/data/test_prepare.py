@@ -14,7 +14,9 @@ import pyarrow as pa
 import pytest
 from filelock import FileLock
 
-from dpo_ds.data.prepare import Source, open_prepared, prepare
+from dpo_ds.data.preferences import Source
+from dpo_ds.data.prepare import prepare
+from dpo_ds.data.prepared import open_prepared
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.errors import UserError
 from dpo_ds.models.tokenizer import load_tokenizer

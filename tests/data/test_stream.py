@@ -11,7 +11,8 @@ import pytest
 
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.feed import Feed
-from dpo_ds.data.prepare import Source, prepare
+from dpo_ds.data.preferences import Source
+from dpo_ds.data.prepare import prepare
 from dpo_ds.data.stream import open_stream
 from dpo_ds.data.supply import StreamFeed, Supplier
 from dpo_ds.errors import RunError, UserError

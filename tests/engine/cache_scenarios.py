@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ds.data.batch import padded_batch
-from dpo_ds.data.prepare import Manifest, PreparedPairs
+from dpo_ds.data.prepared import Manifest, PreparedPairs
 from dpo_ds.engine import PolicyEngine, ReferenceEngine, World, initialize, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest
