@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_ds.config import DataSource, Run, parse_run, resolve_path
-from dpo_ds.data.preferences import Message, Scored, Source
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import Scored, Source
 from dpo_ds.data.prepared import check_dropped
 from dpo_ds.data.row_tokenizer import tokenize
 from dpo_ds.data.rows import load_rows

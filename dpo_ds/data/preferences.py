@@ -4,15 +4,14 @@ The last place that sees a column's name: whatever shape a row has, a prompt and
 length and no order may enter.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Literal, TypeGuard
+from typing import Literal
 
+from dpo_ds.data.messages import Message, Text, is_blank, is_text, text_of, tools_of
 from dpo_ds.errors import UserError
 
 DropReason = Literal[
@@ -55,41 +54,10 @@ _LABELLED = ("prompt", "output_1", "output_2", "label")
 _RANKED = ("prompt", "answers")
 _OF_SEVERAL_COLUMNS = ("prompt", "label")
 _LAST_ASSISTANT_TURN = "\n\nAssistant:"
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-"""What ShareGPT calls a turn's speaker, and what chat templates call it."""
 _VOTES = {"1": 1, "a": 1, "model_a": 1, "output_1": 1, "2": 2, "b": 2, "model_b": 2, "output_2": 2, "0": 0, "tie": 0}
 _ANSWER_KEYS = ("answer", "response", "completion", "text")
 _GOODNESS = {"rank": -1, "score": 1, "overall_score": 1}
 """Keys that order answers, with the sign that makes more of it better."""
-_DETAILS = ("tool_calls", "tool_call_id", "name")
-"""What chat templates are told of a turn beside its role and content."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: ``user``, ``assistant``, ``system``, ``tool`` or whatever else the chat template knows.
-        content: its text.
-        details: ``tool_calls``, ``tool_call_id`` and ``name``, those that it has, as a JSON object; empty for none.
-    """
-
-    role: str
-    content: str
-    details: str = ""
-
-
-Text = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -186,7 +154,7 @@ def read_preferences(
         UserError: a column is missing, the row is unpaired data, or ranks answers and has a probability or margin.
     """
     cells = _cells(row, columns, where)
-    tools = _tools(cells.get("tools"))
+    tools = tools_of(cells.get("tools"))
     if tools is None:
         return ["tools not understood"]
     numbers: dict[str, float] = {}
@@ -230,23 +198,23 @@ def _pairs_of(
                 f"{where} ranks answers, whose pairs cannot share one {named[0]}; take columns.{named[0]} out, or "
                 "write each pair as a row"
             )
-        return _ranked(_text(cells["prompt"]), cells["answers"], scored)
+        return _ranked(text_of(cells["prompt"]), cells["answers"], scored)
     if needed == _LABELLED:
         soft = cells.get("probability")
         winner = _winner(cells["label"]) if not isinstance(soft, float) else 1 if soft > 0.5 else 2
         if winner not in (1, 2):
             return ["label not understood" if winner is None else "tie"]
-        outputs = [_text(cells[name]) for name in ("output_1", "output_2")]
-        return [_paired(_text(cells["prompt"]), outputs[winner - 1], outputs[2 - winner], scored)]
-    chosen, rejected = _text(cells["chosen"]), _text(cells["rejected"])
+        outputs = [text_of(cells[name]) for name in ("output_1", "output_2")]
+        return [_paired(text_of(cells["prompt"]), outputs[winner - 1], outputs[2 - winner], scored)]
+    chosen, rejected = text_of(cells["chosen"]), text_of(cells["rejected"])
     if "prompt" in cells:
-        return [_paired(_text(cells["prompt"]), chosen, rejected, scored)]
+        return [_paired(text_of(cells["prompt"]), chosen, rejected, scored)]
     if chosen is None or rejected is None:
         return ["not text"]
     if _is_answer(chosen) and _is_answer(rejected):
         if "conversations" not in row:
             raise _missing("prompt", row, columns, where)
-        return [_paired(_text(_with_system(row)), chosen, rejected, scored)]
+        return [_paired(text_of(_with_system(row)), chosen, rejected, scored)]
     return [_checked(_split(chosen, rejected, scored))]
 
 
@@ -279,7 +247,7 @@ def _cells(row: Mapping[str, object], columns: Columns, where: str) -> dict[str,
 
 def _joined_by_an_empty_line(cells: Sequence[object]) -> str | None:
     given = [cell for cell in cells if cell is not None]
-    texts = [cell for cell in given if _is_text(cell)]
+    texts = [cell for cell in given if is_text(cell)]
     return "\n\n".join(text for text in texts if text.strip()) if len(texts) == len(given) else None
 
 
@@ -345,8 +313,8 @@ def _ranked(prompt: Text | None, answers: object, scored: Scored) -> list[Prefer
 def _answer(answer: object) -> Text | None:
     if isinstance(answer, Mapping):
         key = next((key for key in _ANSWER_KEYS if answer.get(key) is not None), None)
-        return _text(answer if key is None else answer[key])
-    return _text(answer)
+        return text_of(answer if key is None else answer[key])
+    return text_of(answer)
 
 
 def _paired(prompt: Text | None, chosen: Text | None, rejected: Text | None, scored: Scored) -> Preference | DropReason:
@@ -374,7 +342,7 @@ def _split(chosen: Text, rejected: Text, scored: Scored) -> Preference | DropRea
 def _checked(found: Preference | DropReason) -> Preference | DropReason:
     if not isinstance(found, Preference):
         return found
-    if _is_blank(found.chosen) or _is_blank(found.rejected):
+    if is_blank(found.chosen) or is_blank(found.rejected):
         return "empty response"
     return "identical responses" if found.chosen == found.rejected else found
 
@@ -386,90 +354,6 @@ def _missing(name: str, row: Mapping[str, object], columns: Columns, where: str)
         "and answers; columns of other names are given in data.train as "
         f"[{{path: FILE, columns: {{{name}: ITS_NAME}}}}]"
     )
-
-
-def _text(cell: object) -> Text | None:
-    """Returns a cell as text or messages, None if it is neither."""
-    if isinstance(cell, str):
-        return cell if _is_text(cell) else None
-    turns = [cell] if isinstance(cell, Mapping) else cell
-    if not isinstance(turns, list) or not turns:
-        return None
-    messages = [_message(turn) for turn in turns]
-    return None if None in messages else tuple(message for message in messages if message)
-
-
-def _message(turn: object) -> Message | None:
-    if not isinstance(turn, Mapping):
-        return None
-    role, content = turn.get("role"), turn.get("content")
-    details = {name: turn[name] for name in _DETAILS if turn.get(name)}
-    if role is None:  # ShareGPT
-        role, content = _ROLES.get(str(turn.get("from"))), turn.get("value")
-        if turn.get("from") == "function_call":
-            role, content, details = "assistant", None, {"tool_calls": content}
-    if "tool_calls" in details:
-        details["tool_calls"] = _calls(details["tool_calls"])
-        if details["tool_calls"] is None:
-            return None
-        content = "" if content is None else content
-    if isinstance(content, list):
-        content = _joined(content)
-    written = json.dumps(details, ensure_ascii=False, default=str) if details else ""
-    return (
-        Message(role, content, written) if isinstance(role, str) and _is_text(content) and _is_text(written) else None
-    )
-
-
-def _calls(calls: object) -> list[object] | None:
-    """Returns tool calls as chat templates expect them, ``{"function": {"name": ..., "arguments": {...}}}``."""
-    if isinstance(calls, str):
-        calls = _of_json(calls)
-    found: list[object] = []
-    for call in [calls] if isinstance(calls, Mapping) else calls if isinstance(calls, list) else []:
-        function = (call.get("function") or call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            return None
-        arguments = function.get("arguments")
-        decoded = _of_json(arguments) if isinstance(arguments, str) else arguments
-        function = {**function, "arguments": decoded if isinstance(decoded, Mapping) else arguments}
-        found.append({"type": "function", **(call if "function" in call else {}), "function": function})
-    return found or None
-
-
-def _tools(cell: object) -> str | None:
-    """Returns tools as a JSON list, empty for none; None if they are something else."""
-    if cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]")):
-        return ""
-    tools = _of_json(cell) if isinstance(cell, str) else cell
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        return None
-    written = json.dumps(tools, ensure_ascii=False, default=str)
-    return written if _is_text(written) else None
-
-
-def _of_json(text: str) -> object:
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
-
-
-def _is_text(cell: object) -> TypeGuard[str]:
-    # Half of a surrogate pair is no character: it has no UTF-8 and no tokens.
-    return isinstance(cell, str) and not _SURROGATE.search(cell)
-
-
-def _joined(parts: list[object]) -> str | None:
-    """Returns typed content, ``[{"type": "text", "text": ...}, ...]``, as one string, None if any part is no text."""
-    texts = []
-    for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            return None
-        text = part["value"] if isinstance(part.get("value"), str) else part.get("text")
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)
 
 
 def _split_transcripts(chosen: str, rejected: str) -> Preference | DropReason:
@@ -513,13 +397,3 @@ def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
     while shared + 1 < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     return shared
-
-
-def _is_blank(text: Text) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    return any(
-        not message.content.strip() and "tool_calls" not in message.details
-        for message in text
-        if message.role == "assistant"
-    )

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from dpo_ds.data.preferences import DropReason, Message, Preference
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import DropReason, Preference
 from dpo_ds.errors import UserError
 
 Truncation = Literal["prompt_start", "response_end"]

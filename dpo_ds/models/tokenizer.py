@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_ds.data.preferences import Message
+from dpo_ds.data.messages import Message
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.errors import UserError, first_line
 

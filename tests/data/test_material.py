@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ds.data.preferences import Message, Source, read_preferences
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import Source, read_preferences
 from dpo_ds.data.prepare import prepare
 from dpo_ds.data.rows import load_rows
 from dpo_ds.errors import UserError

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dpo_ds.data.preferences import Message, Preference, Source, read_preferences
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import Preference, Source, read_preferences
 from dpo_ds.data.rows import load_rows
 from dpo_ds.errors import UserError
 

@@ -5,7 +5,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from dpo_ds.data.preferences import Message, Preference, Source, read_preferences
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import Preference, Source, read_preferences
 from dpo_ds.data.rows import load_rows
 from dpo_ds.data.tokenization import TokenizedPair, merges_at_boundary, tokenize_pair
 from dpo_ds.errors import UserError

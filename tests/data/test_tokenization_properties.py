@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_ds.data.preferences import Message, Preference
+from dpo_ds.data.messages import Message
+from dpo_ds.data.preferences import Preference
 from dpo_ds.data.tokenization import TokenizedPair, tokenize_pair
 from dpo_ds.data.tokenization import Tokenizer as AnyTokenizer
 from dpo_ds.models.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_ds.data.preferences import Message
+from dpo_ds.data.messages import Message
 from dpo_ds.errors import UserError
 from dpo_ds.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from tests.data.small_tokenizer import small_tokenizer
