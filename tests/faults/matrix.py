@@ -321,7 +321,7 @@ def _meet(folder: Path) -> None:
 @contextmanager
 def _disk_of_its_own(place: Path) -> Iterator[None]:
     place.mkdir()
-    _call("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place)
+    _call("mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", place)
     try:
         yield
     finally:
@@ -331,7 +331,7 @@ def _disk_of_its_own(place: Path) -> Iterator[None]:
 def _fill(file: Path) -> None:
     with suppress(OSError), file.open("wb", buffering=0) as filler:
         while True:
-            filler.write(bytes(2**12))
+            filler.write(bytes(2**16))
 
 
 def _flipped(content: bytes) -> bytes:
