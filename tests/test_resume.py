@@ -101,10 +101,15 @@ def killed(tiny_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def again(killed: Path, tmp_path: Path) -> Path:
-    """A copy of what the killed run left; the paths in its run file lead there."""
-    folder = Path(shutil.copytree(killed, tmp_path / "again"))
+    """A copy of what the killed run left."""
+    return copied(killed, tmp_path / "again")
+
+
+def copied(left: Path, folder: Path) -> Path:
+    """Copies what a run left; the paths in its run file lead to the copy."""
+    shutil.copytree(left, folder)
     text = (folder / "run.yaml").read_text()
-    (folder / "run.yaml").write_text(text.replace(str(killed), str(folder)))
+    (folder / "run.yaml").write_text(text.replace(str(left), str(folder)))
     return folder
 
 
@@ -145,10 +150,13 @@ def test_killed_in_the_middle_of_a_save_in_bfloat16_with_padded_rows(tiny_chat, 
     start(folder, dying="save 6 1")
     assert checkpoints(folder) == ["step-00000003", "step-00000006", "step-00000009.tmp"]
     assert record(folder)[-1]["step"] == 9
+    alone = copied(folder, tmp_path / "alone")
     finished = start(folder).expect_success()
     assert "going on behind step 6 of 12" in finished.outputs[0]
     assert record(folder) == record(calm)
     assert checkpoints(folder) == ["step-00000009", "step-00000012"]
+    run_ranks(1, [TRAIN, "--config", alone / "run.yaml"], folder=alone).expect_success()
+    assert_equal_to_rounding(record(alone), record(calm), 0.01)
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(undisturbed, again):
