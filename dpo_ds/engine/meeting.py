@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_ds.errors import PeerError, UserError
 from dpo_ds.launcher.identity import Identity, name_meeting_place
 
 _WAIT = timedelta(hours=24)  # one rank of a node may tokenize for hours
+_SILENT_S = 60.0
 _POLL_S = 0.2
 _HEARD_S = 5.0
 _SEEN_WITHIN_S = 10.0
@@ -42,18 +44,39 @@ class Meeting:
         self._identity = identity
         self._may_refuse = identity.speaks_for_node
         name_meeting_place(identity)
+        store = self._opened()
+        os.environ["MASTER_PORT"] = str(store.port)
+        # torchrun's agent keeps its store when it starts its ranks again: what the former ones said is not for these.
+        self.store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.store.set(f"here/{identity.rank}", "")
+
+    def _opened(self) -> TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # torchrun's agent has opened a store there already.
-        opens = identity.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size=identity.size,
-            is_master=opens,
-            timeout=_WAIT,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        os.environ["MASTER_PORT"] = str(self.store.port)
+        opens = self._identity.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        deadline = time.monotonic() + _WAIT.total_seconds()
+        while True:
+            try:
+                store = TCPStore(
+                    address,
+                    port,
+                    world_size=self._identity.size,
+                    is_master=opens,
+                    timeout=timedelta(seconds=_SILENT_S),
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
+            except DistError:
+                if opens or time.monotonic() > deadline:
+                    raise
+                self._say(f"still waiting for rank 0 at {address}:{port}")
+            else:
+                store.set_timeout(_WAIT)
+                return store
+
+    def _say(self, line: str) -> None:
+        if self._identity.speaks_for_node:
+            print(f"{line} (on {socket.gethostname()})", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Meeting":
         return self
@@ -168,10 +191,22 @@ class Meeting:
         return expected
 
     def _wait_for(self, key: str) -> None:
+        said = time.monotonic()
         with _lost_with_its_store():
             while self.store.add(key, 0) < self._identity.size:
                 self._leave_if_refused()
                 time.sleep(_POLL_S)
+                if self._identity.rank == 0 and time.monotonic() > said + _SILENT_S:
+                    said = time.monotonic()
+                    if absent := [
+                        rank for rank in range(self._identity.size) if not self.store.check([f"here/{rank}"])
+                    ]:
+                        self._say(f"still waiting for ranks {', '.join(map(str, absent))}")
+
+    def _name_the_absent(self) -> None:
+        absent = [str(rank) for rank in range(self._identity.size) if not self.store.check([f"here/{rank}"])]
+        if absent:
+            self._say(f"still waiting for ranks {', '.join(absent)}")
 
     def _leave_if_refused(self) -> None:
         if self.store.check(["refused"]):

@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from socket import socket
 
 import pytest
+from torch.distributed import TCPStore
 
 from dpo_ds.engine import meeting as rooms
 from dpo_ds.engine.meeting import Meeting
@@ -74,7 +75,7 @@ def test_one_nodes_mistake_ends_all_nodes_and_is_said_once(refusing):
 
 
 def together(
-    check: Callable[[Meeting, int], dict[str, str] | None], monkeypatch: pytest.MonkeyPatch
+    check: Callable[[Meeting, int], dict[str, str] | None], monkeypatch: pytest.MonkeyPatch, *, late: int | None = None
 ) -> list[str | None]:
     """Two nodes of one rank, as threads of this process, that check and vouch for what is found: what they raise."""
     with closing(socket()) as probe:
@@ -84,6 +85,7 @@ def together(
     stores = []  # they end together
 
     def node(rank: int) -> str | None:
+        time.sleep(2 * (rank == late))
         try:
             with Meeting(Identity(rank, 2, 0, 1)) as meeting:
                 stores.append(meeting.store)
@@ -141,3 +143,26 @@ def test_a_mistake_that_all_nodes_make_is_said_by_one(monkeypatch):
         raise UserError("the data is empty")
 
     assert sorted(map(str, together(check, monkeypatch))) == ["PeerError: ", "UserError: the data is empty"]
+
+
+LATE = {1: "still waiting for ranks 1 (on ", 0: "still waiting for rank 0 at 127.0.0.1:"}
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_who_is_missing_is_said(monkeypatch, capfd, late):
+    monkeypatch.setattr(rooms, "_SILENT_S", 0.5)
+    assert together(lambda meeting, rank: None, monkeypatch, late=late) == [None, None]
+    assert LATE[late] in capfd.readouterr().err
+
+
+def test_ranks_that_torchrun_starts_again_do_not_hear_the_former_ones(monkeypatch):
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for attempt, error in (("0", UserError("the disk is full")), ("1", None)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with suppress(UserError), Meeting(Identity(0, 1, 0, 1)) as meeting:
+            assert not meeting.store.check(["refused"])
+            if error:
+                raise error
