@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_ds.errors import PeerError, UserError
 from dpo_ds.launcher.identity import Identity, name_meeting_place
@@ -54,25 +55,30 @@ class Meeting:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # torchrun's agent has opened a store there already.
         opens = self._identity.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        deadline = time.monotonic() + _WAIT.total_seconds()
-        while True:
-            try:
-                store = TCPStore(
-                    address,
-                    port,
-                    world_size=self._identity.size,
-                    is_master=opens,
-                    timeout=timedelta(seconds=_SILENT_S),
-                    wait_for_workers=False,
-                    multi_tenant=True,
-                )
-            except DistError:
-                if opens or time.monotonic() > deadline:
-                    raise
-                self._say(f"still waiting for rank 0 at {address}:{port}")
-            else:
-                store.set_timeout(_WAIT)
-                return store
+        with self._saying_so(f"still waiting for rank 0 at {address}:{port}"):
+            return TCPStore(
+                address,
+                port,
+                world_size=self._identity.size,
+                is_master=opens,
+                timeout=_WAIT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+
+    @contextmanager
+    def _saying_so(self, line: str) -> Iterator[None]:
+        over = threading.Event()
+
+        def say() -> None:
+            while not over.wait(_SILENT_S):
+                self._say(line)
+
+        threading.Thread(target=say, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _say(self, line: str) -> None:
         if self._identity.speaks_for_node:
