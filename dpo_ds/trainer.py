@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -99,6 +99,7 @@ class Trainer:
         packed: bool,
         agreement: Agreement,
         cached: CachedReference | None = None,
+        answers: Callable[[], list[dict[str, str]]] | None = None,
     ) -> None:
         """Composes a run.
 
@@ -114,6 +115,7 @@ class Trainer:
             packed: whether all pairs of a micro-batch share one row, and its responses their prompt.
             agreement: whether the ranks were asked to stop.
             cached: the reference's log-probs where it has no engine.
+            answers: what the policy, in evaluation mode, says to a few prompts, beside them; collective.
         """
         self._engines = engines
         self._config = config
@@ -127,6 +129,7 @@ class Trainer:
         self._packed = packed
         self._agreement = agreement
         self._cached = cached
+        self._answers = answers
         self._objective = objective_of(config)
         self._running: dict[str, Running] = self._objective.start()
         # Log-ratios that tell of the policy: of the same tokens under both models.
@@ -346,7 +349,8 @@ class Trainer:
         packed = self._world.sum(tally.packed())
         metrics = tally.means(packed)
         line: dict[str, Any] = {"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)}
-        self._tracker.log(line | tally.histograms(packed))
+        answers = {"answers": self._answers()} if self._answers else {}
+        self._tracker.log(line | tally.histograms(packed) | answers)
         return metrics
 
     def _evaluated_sources(self, pairs: PreparedPairs) -> dict[int, str]:

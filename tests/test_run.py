@@ -280,7 +280,11 @@ def segments() -> set[Path]:
 def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run, tmp_path):
     before = segments()
     finished, out = run(
-        2, rows=rows_of_words(8), data={"eval": "pairs.jsonl"}, tracking={"wandb": "offline"}, env={"API_KEY": "secret"}
+        2,
+        rows=rows_of_words(8),
+        data={"eval": "pairs.jsonl"},
+        tracking={"wandb": "offline", "answers": 3, "answer_tokens": 9},
+        env={"API_KEY": "secret"},
     )
     finished.expect_success()
     assert {path.name for path in out.iterdir()} == {
@@ -306,8 +310,16 @@ def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run,
     expected += "seconds/policy seconds/wait seconds/batches seconds/update lengths/chosen lengths/rejected"
     assert set(expected.split()) <= set(lines(out)[0])
     exported = AutoModelForCausalLM.from_pretrained(out / "export")
-    assert AutoTokenizer.from_pretrained(out / "export").eos_token_id == 1
+    tokenizer = AutoTokenizer.from_pretrained(out / "export")
+    assert tokenizer.eos_token_id == 1
     assert exported.config.dtype is torch.float32
+    said = lines(out, "eval")[-1]["answers"]
+    for row, heard in zip(rows_of_words(8), said, strict=False):
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        answer = exported.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=1, pad_token_id=1)[0]
+        assert heard["answer"] == tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True)
+        assert (heard["prompt"], heard["chosen"]) == (row["prompt"], row["chosen"])
+    assert len(said) == 3
 
 
 def test_a_run_that_diverges_stops_all_ranks_with_the_step_and_the_pairs_named(run):

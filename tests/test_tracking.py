@@ -112,6 +112,9 @@ def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, monkeypa
     histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}
     tracker.log({"step": 0, "split": "eval", "rewards/accuracies": 0.5, "histogram/rewards/margins": histogram})
     tracker.log({"step": 1, "split": "train", "rewards/margins": 0.25})
+    tracker.log(
+        {"step": 1, "split": "eval", "answers": [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]}
+    )
     tracker.finish({"status": "complete", "steps": 1})
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     [folder] = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}")
@@ -133,6 +136,8 @@ def test_an_offline_run_lies_in_the_output_folder(tmp_path, bare_wandb, monkeypa
     # What wandb draws as a histogram, not as a table of numbers.
     assert b'"histogram"' in record
     assert b"eval/rewards/margins" not in record
+    [table] = folder.rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [["a", "b"], ["c", "d"]]
     assert b"eval/step" not in record
     said = capfd.readouterr().err
     assert "warning" not in said

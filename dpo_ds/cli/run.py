@@ -4,6 +4,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepared import PreparedPairs, open_prepared
 from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine.answers import greedy_answers
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room
 from dpo_ds.engine.meeting import Meeting
@@ -29,6 +31,7 @@ from dpo_ds.files import write_whole
 from dpo_ds.gate import check_heads, choose_layout
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
+from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.throughput import matmul_flops
 from dpo_ds.tracking import METRICS_FILE, Mark, Tracker, open_tracker, versions, write_summary
 from dpo_ds.trainer import Trained, Trainer
@@ -140,6 +143,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
             packed=packed,
             cached=cached,
             agreement=agreement,
+            answers=_answers(inputs, engines, world) if config.tracking.answers else None,
         )
         try:
             if start.step:
@@ -184,6 +188,31 @@ def _same_pairs(path: Path, world: World) -> PreparedPairs:
             "delete the folder on each"
         )
     return pairs
+
+
+def _answers(inputs: Inputs, engines: Engines, world: World) -> Callable[[], list[dict[str, str]]]:
+    """Returns what lets the policy answer the first held-out prompts."""
+    assert inputs.evaluation is not None  # the config's rules say so
+    wanted, trust = inputs.config.tracking, inputs.config.model.trust_remote_code
+    tokenizer = load_tokenizer(inputs.tokenizer, trust_remote_code=trust)
+    held_out = open_prepared(inputs.evaluation)
+    pairs = [held_out.pair(number) for number in range(min(wanted.answers, len(held_out)))]
+
+    def answers() -> list[dict[str, str]]:
+        prompts = [pair.prompt_ids for pair in pairs]
+        longest = wanted.answer_tokens
+        said = greedy_answers(engines.policy, prompts, longest=longest, eos_id=tokenizer.eos_id, world=world)
+        return [
+            {
+                "prompt": tokenizer.decode(pair.prompt_ids),
+                "answer": tokenizer.decode(answer),
+                "chosen": tokenizer.decode(pair.chosen_ids),
+                "rejected": tokenizer.decode(pair.rejected_ids),
+            }
+            for pair, answer in zip(pairs, said, strict=True)
+        ]
+
+    return answers
 
 
 def _occupied(folder: Path, world: World) -> FileLock:

@@ -230,6 +230,8 @@ class TrackingConfig:
     wandb: Literal["online", "offline", "disabled"] = _key("offline", "wandb's mode")
     project: str = _key("dpo_ds", "wandb's project")
     log_every: int = _key(1, "steps between two logged ones")
+    answers: int = _key(0, "held-out prompts that the policy answers greedily at each evaluation, for people to read")
+    answer_tokens: int = _key(64, "tokens of such an answer at most")
 
 
 @dataclass(frozen=True)
@@ -383,6 +385,9 @@ def check(config: RunConfig) -> None:
             "null or a hub id such as NAME/MODEL",
         ),
         ("tracking.log_every", config.tracking.log_every >= 1, ">= 1"),
+        ("tracking.answers", config.tracking.answers >= 0, ">= 0"),
+        ("tracking.answers", not config.tracking.answers or data.eval is not None, "0 while data.eval is null"),
+        ("tracking.answer_tokens", config.tracking.answer_tokens >= 1, ">= 1"),
         (
             "watchdogs.not_moving_steps",
             watchdogs.not_moving_steps is None or watchdogs.not_moving_steps >= 1,

@@ -72,6 +72,9 @@ class Tokenizer(Protocol):
             begins: whether it is the beginning, where a BOS belongs that the template has not written.
         """
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, without special tokens, for people to read."""
+
     def save(self, folder: Path) -> None:
         """Writes the files from which the tokenizer can be loaded again."""
 

@@ -67,6 +67,19 @@ def sharing_prompts(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
+@contextmanager
+def attending_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Gives the model an attention for a while that takes padding on the left and a cache, as generation needs."""
+    own = model.config._attn_implementation
+    if own == ATTENTION:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if own == ATTENTION:
+            share_prompts(model)
+
+
 def shared_prompt_attention(
     module: nn.Module,
     query: Tensor,

@@ -111,6 +111,10 @@ class HuggingFaceTokenizer:
                 return None
             raise UserError(f"the chat template of {self.name} is faulty: {first_line(error)}; mend it") from error
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, without special tokens, for people to read."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer, config and chat template."""
         self._tokenizer.save_pretrained(folder)
@@ -184,6 +188,10 @@ class SentencePieceTokenizer:
             return None
         turns = [speakers.get(message.role, "") + message.content for message in messages]
         return "".join([*turns, "\n\nAssistant:" if add_generation_prompt else ""])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, without special tokens, for people to read."""
+        return str(self._processor.decode(list(ids)))
 
     def save(self, folder: Path) -> None:
         """Copies the file as ``tokenizer.model``."""

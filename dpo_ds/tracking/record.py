@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from dpo_ds.files import write_whole
 
-Metrics = Mapping[str, float | int | str | Mapping[str, list[float]] | None]
-"""Numbers by name, and histograms: their bins' edges and counts."""
+Metrics = Mapping[str, float | int | str | Mapping[str, list[float]] | list[dict[str, str]] | None]
+"""Numbers by name, histograms (their bins' edges and counts), and tables: rows of texts by column."""
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

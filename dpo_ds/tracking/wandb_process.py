@@ -113,10 +113,12 @@ class _Lines:
 
 
 def _shown(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | list):
         return value
     import wandb
 
+    if isinstance(value, list):
+        return wandb.Table(columns=list(value[0]), data=[list(row.values()) for row in value])
     return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
 
 
