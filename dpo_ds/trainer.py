@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from dpo_ds.config import RunConfig, source_names
 from dpo_ds.data.batch import PairBatch, discounted, packed_batch, padded_batch
-from dpo_ds.data.feed import Feed
+from dpo_ds.data.feed import Feed, StepPairs
 from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import (
     PackedRows,
@@ -50,6 +51,8 @@ from dpo_ds.throughput import StepCost, Stopwatch
 from dpo_ds.tracking import Tracker
 from dpo_ds.watchdog import Watchdog
 from dpo_ds.whole_step import judge_whole_step
+
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class Trainer:
         """
         settings = self._config.train
         clock = Stopwatch(self._world.synchronize)
-        among, indices = self._train.of_step(step)
+        among, indices = self._of_step(step)
         pairs = len(indices)
         plan = self._plan(among, indices)
         batches = list(self._batches(among, plan))
@@ -401,7 +404,7 @@ class Trainer:
     def _scored_by_equal_weights(self) -> list[tuple[PairBatch, Tensor]]:
         """Returns this rank's micro-batches of the gate and the reference's log-probs, which the policy has, too."""
         if self._cached is None:
-            among, indices = self._train.of_step(1)
+            among, indices = self._of_step(1)
             scored = list(islice(self._scored(among, self._plan(among, indices)), GATE_BATCHES))
             check_equal_scores(self._engines, [batch for batch, _ in scored], world=self._world)
             return scored
@@ -463,12 +466,38 @@ class Trainer:
     def _heed(self) -> None:
         """Saves and raises ``Stopped`` on all ranks once one was asked to; a step that was begun is taken again."""
         if reason := self._agreement.ask():
-            step, checkpoint = self._progress.step, None
-            if step:
-                self.save()
-                self._checkpoints.finish()
-                checkpoint = f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
-            raise Stopped(reason.name, step=step, checkpoint=checkpoint)
+            raise Stopped(reason.name, step=self._progress.step, checkpoint=self._save_now())
+
+    def _save_now(self) -> str | None:
+        """Saves the run, if it has taken a step; returns the checkpoint's path in the output folder."""
+        step = self._progress.step
+        if not step:
+            return None
+        self.save()
+        self._checkpoints.finish()
+        return f"{CHECKPOINTS_FOLDER}/step-{step:08d}"
+
+    def _of_step(self, step: int) -> StepPairs:
+        """Returns what a step trains on; while it is waited for the run can be stopped."""
+        if not self._train.is_at_hand(step):
+            while not self._is_there(step):
+                self._heed()
+                time.sleep(_POLL_S)
+        return self._train.of_step(step)
+
+    def _is_there(self, step: int) -> bool:
+        """Whether what a step trains on is there on all ranks; what was learnt is saved before it never comes."""
+        is_there, problem = False, None
+        try:
+            is_there = self._train.is_there(step)
+        except (UserError, RunError) as error:
+            problem = error
+        found = self._world.gather((is_there, problem))
+        for _, problem in found:
+            if problem is not None:
+                self._save_now()
+                raise problem
+        return all(is_there for is_there, _ in found)
 
     def _judged(
         self, plan: Plan, batches: Sequence[PairBatch], references: Sequence[Tensor]

@@ -380,7 +380,6 @@ def test_streaming_is_read_and_written_back(parse, tmp_path):
         (["--reference.mode", "cache"], "reference.mode must be engine or none while data.streaming is set, since"),
         (["--data.train", "[{path: a, weight: 2}]"], "data.train must be sources of weight 1 while data.streaming is"),
         (["--data.max_length", "1025"], "train.tokens_per_micro_batch must be >= 2050, twice data.max_length"),
-        (["--timeouts.data_s", "1800"], "timeouts.data_s must be < timeouts.train_s, got 1800"),
     ],
 )
 def test_what_does_not_go_with_streaming_is_refused(parse, argv, message):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from filelock import FileLock
 
 from dpo_ds.cli.preflight import preflight
 from dpo_ds.config import parse_run
@@ -37,6 +38,27 @@ def test_a_killed_run_whose_data_stream_goes_on_to_the_bit(tiny_chat, tmp_path):
     for some in (folder, calm):
         (blocks,) = (some / "out/data").glob("stream-*/blocks")
         assert len([path for path in blocks.iterdir() if path.is_dir()]) <= 2
+
+
+@pytest.mark.ranks
+def test_what_was_learnt_is_saved_before_a_block_that_cannot_be_prepared(tiny_chat, tmp_path):
+    in_order = {**STREAMED, "data": {**STREAMED["data"], "shuffle": False}, "checkpoint": {"every": None}}
+    folder = write_run(tmp_path / "run", tiny_chat, **in_order)
+    good = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    bad = [line.replace('"chosen"', '"chosem"') for line in good[5:10]]
+    (folder / "pairs.jsonl").write_text("".join([*good[:5], *bad, *good[10:]]))
+    finished = start(folder)
+    assert finished.codes[0] == 2
+    assert "error: block 1 of" in finished.errors[0]
+    assert checkpoints(folder) == ["step-00000002"]
+    (folder / "pairs.jsonl").write_text("".join(good))
+    # While somebody else has the right to write blocks, they are waited for; the run can be stopped all the same.
+    (blocks,) = (folder / "out/data").glob("stream-*/blocks")
+    with FileLock(blocks / ".lock"):
+        finished = start(folder, "--stop_after", "1s")
+    assert finished.codes[0] == 200
+    assert "stopped by STOP_AFTER after step 2" in finished.outputs[0]
+    assert "going on behind step 2 of 10" in start(folder).expect_success().outputs[0]
 
 
 def test_preflight_reads_the_first_rows_and_leaves_the_rest_for_later(tiny_chat, tmp_path):

@@ -37,8 +37,19 @@ class Feed(Protocol):
     def pairs_until(self, step: int) -> int:
         """Returns how many pairs the run trains on up to a step and with it, each as often as it comes."""
 
+    def is_at_hand(self, step: int) -> bool:
+        """Whether what ``step`` trains on lies beside what the step before did; the same on every rank."""
+
+    def is_there(self, step: int) -> bool:
+        """Whether what optimizer step ``step`` trains on need not be waited for; to be asked until it is so.
+
+        Raises:
+            UserError: it cannot be prepared.
+            RunError: it is not there in time.
+        """
+
     def of_step(self, step: int) -> StepPairs:
-        """Returns what optimizer step ``step`` (from 1) trains on; it may have to be waited for.
+        """Returns what optimizer step ``step`` (from 1) trains on, once it is there.
 
         Raises:
             UserError: it cannot be prepared.
@@ -71,6 +82,14 @@ class WholeFeed:
     def pairs_until(self, step: int) -> int:
         """As ``Feed`` says."""
         return replace(self.schedule, steps=step).total_pairs
+
+    def is_at_hand(self, step: int) -> bool:
+        """As ``Feed`` says."""
+        return True
+
+    def is_there(self, step: int) -> bool:
+        """As ``Feed`` says."""
+        return True
 
     def of_step(self, step: int) -> StepPairs:
         """As ``Feed`` says."""

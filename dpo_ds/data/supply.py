@@ -173,6 +173,7 @@ class StreamFeed:
         self._stream, self._schedule, self._supplier = stream, schedule, supplier
         self._patience_s, self._opened = patience_s, opened
         self._mapped: tuple[int, PreparedPairs] | None = None
+        self._awaited_since: float | None = None
 
     @property
     def steps(self) -> int:
@@ -188,29 +189,37 @@ class StreamFeed:
         """As ``Feed`` says."""
         return step * self._schedule.pairs_per_step
 
-    def of_step(self, step: int) -> StepPairs:
+    def is_at_hand(self, step: int) -> bool:
+        """As ``Feed`` says."""
+        return self._mapped is not None and self._mapped[0] == self._schedule.place(step).turn
+
+    def is_there(self, step: int) -> bool:
         """As ``Feed`` says. Whoever asks for a step needs none before it any more."""
         turn, _, block, _ = self._schedule.place(step)
         if self._supplier is not None:
             self._supplier.needs(turn)
-        if self._mapped is None or self._mapped[0] != turn:
-            self._mapped = None
-            self._wait(turn, block)
+        if self.is_at_hand(step) or self._stream.path(block).exists():
+            self._awaited_since = None
+            return True
+        if problem := self._stream.problem(block):
+            raise UserError(problem)
+        self._awaited_since = self._awaited_since or time.monotonic()
+        if time.monotonic() > self._awaited_since + self._patience_s:
+            raise RunError(
+                f"{self._stream.path(block)} is not there after {self._patience_s:g} s (timeouts.data_s); is the "
+                "tokenizer slower than training? Raise data.processes, lower data.streaming.rows_per_shard, or "
+                "look at what the process that prepares it says"
+            )
+        return False
+
+    def of_step(self, step: int) -> StepPairs:
+        """As ``Feed`` says. Whoever asks for a step needs none before it any more."""
+        while not self.is_there(step):
+            time.sleep(_POLL_S)
+        if not self.is_at_hand(step):
+            self._mapped = None  # first, lest two blocks be mapped at a time
+            turn, _, block, _ = self._schedule.place(step)
             self._mapped = turn, self._opened(self._stream.path(block))
+        assert self._mapped is not None
         pairs = self._mapped[1]
         return StepPairs(pairs, self._schedule.pairs_of_step(step, pairs=len(pairs)))
-
-    def _wait(self, turn: int, block: int) -> None:
-        deadline = time.monotonic() + self._patience_s
-        while not self._stream.path(block).exists():
-            if problem := self._stream.problem(block):
-                raise UserError(problem)
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{self._stream.path(block)} is not there after {self._patience_s:g} s (timeouts.data_s); is the "
-                    "tokenizer slower than training? Raise data.processes, lower data.streaming.rows_per_shard, or "
-                    "look at what the process that prepares it says"
-                )
-            if self._supplier is not None:
-                self._supplier.needs(turn)
-            time.sleep(_POLL_S)
