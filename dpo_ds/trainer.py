@@ -289,6 +289,7 @@ class Trainer:
         if not math.isfinite(grad_norm):
             # DeepSpeed knows it from the norm that it clips by, and leaves the weights alone.
             self._stop_at(step, among, "the gradient's norm is not finite, with a finite loss,", indices)
+        self._move_reference(step)
         self._running = self._objective.carried(
             self._running,
             chosen_reward=means["rewards/chosen"],
@@ -364,6 +365,11 @@ class Trainer:
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return step == self._train.steps or (every is not None and step % every == 0)
+
+    def _move_reference(self, step: int) -> None:
+        settings = self._config.reference
+        if self._engines.reference is not None and settings.sync_every is not None and step % settings.sync_every == 0:
+            self._engines.reference.follow(self._engines.policy, weight=settings.sync_weight)
 
     def _check_reference(self) -> None:
         if self._engines.reference is not None:

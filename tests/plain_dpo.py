@@ -40,8 +40,10 @@ def dpo_losses(
     beta: float,
     learning_rate: float,
     clip: float,
+    sync_every: int | None = None,
+    sync_weight: float = 1.0,
 ) -> list[float]:
-    """Trains the model and returns each step's mean loss, before its update."""
+    """Trains the model and returns each step's mean loss, before its update; the reference may follow the policy."""
     reference = copy.deepcopy(model).eval()
     model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -66,5 +68,8 @@ def dpo_losses(
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         losses.append(total)
+        if sync_every is not None and len(losses) % sync_every == 0:
+            for mine, theirs in zip(reference.parameters(), model.parameters(), strict=True):
+                mine.data = (1 - sync_weight) * mine.data + sync_weight * theirs.data
     assert all(math.isfinite(loss) for loss in losses)
     return losses

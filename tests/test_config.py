@@ -226,6 +226,8 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("train.eval_every", "0", "must be >= 1 or null, got 0"),
         ("train.eval_every", "5", "must be null while data.eval is null, got 5"),
         ("tracking.log_every", "0", "must be >= 1, got 0"),
+        ("reference.sync_every", "0", "must be >= 1 or null, got 0"),
+        ("reference.sync_weight", "0", "must be > 0 and <= 1, got 0.0"),
         ("tracking.answers", "-1", "must be >= 0, got -1"),
         ("tracking.answers", "2", "must be 0 while data.eval is null, got 2"),
         ("tracking.answer_tokens", "0", "must be >= 1, got 0"),

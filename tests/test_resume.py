@@ -159,6 +159,21 @@ def test_killed_in_the_middle_of_a_save_in_bfloat16_with_padded_rows(tiny_chat, 
     assert_equal_to_rounding(record(alone), record(calm), 0.01)
 
 
+def test_a_reference_that_follows_the_policy_goes_on_from_where_it_was(tiny_chat, tmp_path):
+    moving = {"sync_every": 3, "sync_weight": 0.5}
+    calm = write_run(tmp_path / "calm", tiny_chat, reference=moving, checkpoint={"every": None})
+    start(calm).expect_success()
+    folder = write_run(tmp_path / "killed", tiny_chat, reference=moving)
+    start(folder, dying="step 8 1")
+    spread = copied(folder, tmp_path / "spread")
+    start(folder).expect_success()
+    assert record(folder) == record(calm)
+    with pytest.raises(UserError, match=r"reference.sync_every is null, but .* was made with 3"):
+        look(spread, "--reference.sync_every", "null")
+    run_ranks(3, [TRAIN, "--config", spread / "run.yaml"], folder=spread).expect_success()
+    assert_equal_to_rounding(record(spread), record(calm), 1e-5)
+
+
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(undisturbed, again):
     shard = again / "out/checkpoints/step-00000006" / SHARD
     content = bytearray(shard.read_bytes())

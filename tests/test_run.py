@@ -101,6 +101,11 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain_losses(tiny_chat: Path) -> list[float]:
+    """Six steps of four pairs by plain PyTorch."""
+    return six_plain_steps(tiny_chat)
+
+
+def six_plain_steps(tiny_chat: Path, **options: Any) -> list[float]:
     """Six steps of four pairs by plain PyTorch, with transformers' own tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
 
@@ -113,7 +118,7 @@ def plain_losses(tiny_chat: Path) -> list[float]:
     assert tokenizer.eos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
     steps = [pairs[start : start + 4] for start in range(0, 24, 4)]
-    return dpo_losses(model, steps, beta=0.1, learning_rate=1e-3, clip=1.0)
+    return dpo_losses(model, steps, beta=0.1, learning_rate=1e-3, clip=1.0, **options)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -125,6 +130,24 @@ def test_six_steps_lose_what_a_plain_loop_loses_on_any_number_of_ranks(run, plai
     assert abs(losses(out)[0] - math.log(2)) < 1e-6
     assert lines(out)[0]["rewards/chosen"] == lines(out)[0]["rewards/rejected"] == 0
     assert plain_losses[-1] < plain_losses[0] - 0.01, "the steps are too small to tell anything"
+
+
+# With small parameters that stay whole, and with shards in host memory.
+ELSEWHERE = {"policy": "ds_configs/zero3_cpu.json", "reference": "ds_configs/zero3_reference_offload.json"}
+
+
+@pytest.mark.parametrize(("ranks", "weight", "configs"), [(2, 0.6, {}), (1, 1.0, {}), (2, 0.4, ELSEWHERE)])
+def test_a_reference_that_follows_the_policy_is_that_of_a_plain_loop(
+    run, tiny_chat, plain_losses, ranks, weight, configs
+):
+    moving = {"sync_every": 2, "sync_weight": weight}
+    expected = six_plain_steps(tiny_chat, **moving)
+    finished, out = run(ranks, rows=rows_of_words(24), reference=moving, deepspeed=configs)
+    finished.expect_success()
+    assert losses(out) == pytest.approx(expected, abs=1e-5)
+    assert losses(out)[2:] != pytest.approx(plain_losses[2:], abs=1e-3)
+    if weight == 1:
+        assert [line["rewards/chosen"] == 0 for line in lines(out)] == [True, False] * 3
 
 
 TURNS = (

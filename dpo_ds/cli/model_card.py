@@ -15,7 +15,10 @@ from dpo_ds.data.prepared import open_prepared
 from dpo_ds.tracking import METRICS_FILE, versions
 
 # Neither what only the user's machine knows (places, environment) nor what does not change the model.
-_TOLD = ("loss.", "train.", "data.max_", "data.truncation", "data.shuffle", "model.dtype", "reference.mode")
+_TOLD = (
+    *("loss.", "train.", "data.max_", "data.truncation", "data.shuffle"),
+    *("model.dtype", "reference.mode", "reference.sync"),
+)
 _FIGURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 
 

@@ -381,7 +381,11 @@ def _origin(config: RunConfig, train: str, evaluation: PreparedPairs | None) -> 
     # What the pairs are, wherever they lie.
     values["data.train"] = [train, *(source.weight for source in config.data.train)]
     values["data.eval"] = evaluation and evaluation.manifest.key
-    values["reference.mode"] = "none" if config.reference.mode == "none" else "engine or cache"
+    reference = config.reference
+    values["reference.mode"] = "none" if reference.mode == "none" else "engine or cache"
+    values["reference.sync_every"] = reference.sync_every
+    if reference.sync_every is not None:
+        values["reference.sync_weight"] = reference.sync_weight
     return values
 
 
@@ -457,7 +461,8 @@ def _check_room(config: RunConfig, folder: Path, *, trains: bool) -> None:
         return
     wanted = {_export_folder(config): parameters * _DTYPES[config.model.dtype].itemsize}
     if trains and config.checkpoint.every is not None:
-        wanted[folder / CHECKPOINTS_FOLDER] = parameters * BYTES_PER_PARAMETER
+        moved = 0 if config.reference.sync_every is None else _DTYPES[config.model.dtype].itemsize
+        wanted[folder / CHECKPOINTS_FOLDER] = parameters * (BYTES_PER_PARAMETER + moved)
     needed: dict[int, int] = {}  # by file system
     for place, size in wanted.items():
         above = next(there for there in (place.absolute(), *place.absolute().parents) if there.exists())

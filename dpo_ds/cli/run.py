@@ -106,6 +106,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
     )
+    if config.reference.sync_every is not None and engines.reference is not None:
+        engines.reference.check_it_can_follow(engines.policy)
     pair = _same_pairs(inputs.train, world).pair(0)
     check_heads(engines, pair, world=world)
     packed = choose_layout(engines, pair, layout=inputs.layout, world=world)
@@ -113,6 +115,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
     checkpoints = Checkpoints(
         folder / CHECKPOINTS_FOLDER,
         policy=engines.policy,
+        reference=engines.reference,
         world=world,
         origin=inputs.origin | _weights(engines, cached),
         versions=versions(),

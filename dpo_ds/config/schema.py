@@ -159,6 +159,10 @@ class ReferenceConfig:
     tokens_per_micro_batch: int | None = _key(
         None, "its own, larger micro-batches, for fewer gathers of its weights; null: the policy's, for equal rounding"
     )
+    sync_every: int | None = _key(
+        None, "steps after which the reference takes in the policy's weights (TR-DPO); null: it never moves"
+    )
+    sync_weight: float = _key(1.0, "part of the way that it then goes: 1 all of it, the hard update")
     cache_dir: str | None = _key(None, "folder of cached log-probs, for several runs; null: output_dir/reference")
 
 
@@ -345,6 +349,17 @@ def check(config: RunConfig) -> None:
             or config.reference.tokens_per_micro_batch >= train.tokens_per_micro_batch,
             "null or >= train.tokens_per_micro_batch",
         ),
+        (
+            "reference.sync_every",
+            config.reference.sync_every is None or config.reference.sync_every >= 1,
+            ">= 1 or null",
+        ),
+        (
+            "reference.sync_every",
+            config.reference.sync_every is None or config.reference.mode == "engine",
+            "null where reference.mode is not engine: no weights could move",
+        ),
+        ("reference.sync_weight", 0 < config.reference.sync_weight <= 1, "> 0 and <= 1"),
         ("model.attention", config.model.attention == "auto" or train.layout != "packed", "auto where rows are packed"),
         (
             "data.eval",

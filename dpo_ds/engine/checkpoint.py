@@ -24,6 +24,7 @@ from safetensors.torch import save as serialized
 
 from dpo_ds.config import shown
 from dpo_ds.engine.policy import PolicyEngine
+from dpo_ds.engine.reference import ReferenceEngine, file_of_reference
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import measured, settled, sync_folder
@@ -74,6 +75,7 @@ class Saved:
         weights: fingerprint of the policy's.
         optimizer: fingerprint of its masters, moments and steps.
         world_size: ranks that saved it.
+        reference: fingerprint of a reference that has moved, None of one that stays what its files say.
         versions: of the packages that made it.
         format: version of the files' layout.
     """
@@ -83,6 +85,7 @@ class Saved:
     weights: str
     optimizer: str
     world_size: int
+    reference: str | None = None
     versions: dict[str, str | None] = field(default_factory=dict)
     format: int = _FORMAT
 
@@ -206,6 +209,7 @@ class Checkpoints:
         folder: Path,
         *,
         policy: PolicyEngine,
+        reference: ReferenceEngine | None = None,
         world: World,
         origin: Mapping[str, Any],
         versions: Mapping[str, str | None],
@@ -219,6 +223,7 @@ class Checkpoints:
         Args:
             folder: ``OUTPUT_DIR/checkpoints``, on a file system that all ranks share.
             policy: whose state is saved.
+            reference: whose weights are saved, too, once they have moved.
             world: the ranks.
             origin: all that must be the same where the run goes on, by the run file's keys.
             versions: of the packages at work.
@@ -230,6 +235,7 @@ class Checkpoints:
         """
         self.folder = folder
         self._policy = policy
+        self._reference = reference
         self._world = world
         self._origin = origin
         self._versions = versions
@@ -302,9 +308,22 @@ class Checkpoints:
             except OSError as error:
                 problem = self._unwritable(error)
         self._agree(problem, aside)
-        saved = Saved(progress, dict(self._origin), weights, optimizer, self._world.size, dict(self._versions))
-        shards, random_state = self._policy.save(aside, later=self._background), serialized(_random_state())
-        self._writing = _Writing(aside, target, saved, partial(self._write, aside, shards, random_state))
+        moved = self._moved()
+        saved = Saved(
+            progress,
+            dict(self._origin),
+            weights,
+            optimizer,
+            self._world.size,
+            moved.fingerprint if moved else None,
+            dict(self._versions),
+        )
+        # Not by save_file, whose files nobody else may read, whatever the user's umask.
+        ours = {_random_file(self._world.rank): serialized(_random_state())}
+        if moved:
+            ours[file_of_reference(self._world.rank)] = moved.serialized()
+        shards = self._policy.save(aside, later=self._background)
+        self._writing = _Writing(aside, target, saved, partial(self._write, aside, shards, ours))
         if self._background:
             Thread(target=self._writing.work, name="checkpoint", daemon=True).start()
         else:
@@ -346,13 +365,13 @@ class Checkpoints:
                 problem = self._unwritable(error)
         self._agree(problem, aside)
 
-    def _write(self, aside: Path, shards: Callable[[], str | None], random_state: bytes) -> _Files:
+    def _write(self, aside: Path, shards: Callable[[], str | None], ours: Mapping[str, bytes]) -> _Files:
         """Writes this rank's files and returns their sizes and checksums, once they are on the disk."""
         if problem := shards():
             raise OSError(problem)
-        # Not by save_file, whose files nobody else may read, whatever the user's umask.
-        (aside / _random_file(self._world.rank)).write_bytes(random_state)
-        return {path.name: settled(path) for path in self._mine(aside)}
+        for name, content in ours.items():
+            (aside / name).write_bytes(content)
+        return {path.name: settled(path) for path in (*self._shards_in(aside), *(aside / name for name in ours))}
 
     def restore(self, candidates: Sequence[Path], *, allowed: Collection[str]) -> Progress:
         """Brings the policy, and every rank's random numbers, to where a checkpoint was saved.
@@ -372,17 +391,21 @@ class Checkpoints:
         saved = read_saved(checkpoint)
         check_origin(checkpoint, saved.origin, self._origin, allowed=allowed)
         problem = self._policy.load(checkpoint, saved_ranks=saved.world_size)
+        if self._reference is not None and saved.reference is not None:
+            problem = problem or self._reference.restore(checkpoint, saved_ranks=saved.world_size)
         problems = [named for named in self._world.gather(problem) if named]
         if problems:
             raise RunError(f"{checkpoint} cannot be loaded: {problems[0]}")
+        moved = self._moved()
         for what, found, expected in (
-            ("weights", self._policy.fingerprint(), saved.weights),
-            ("masters, moments or steps", self._policy.optimizer_fingerprint(), saved.optimizer),
+            ("policy's weights", self._policy.fingerprint(), saved.weights),
+            ("policy's masters, moments or steps", self._policy.optimizer_fingerprint(), saved.optimizer),
+            ("reference's weights", moved and moved.fingerprint, moved and saved.reference),
         ):
             if found != expected:
                 raise RunError(
-                    f"{checkpoint} was loaded, but the policy's {what} are not those that were saved: fingerprint "
-                    f"{found[:12]} in place of {expected[:12]}; is the ds_config another one?"
+                    f"{checkpoint} was loaded, but the {what} are not those that were saved: fingerprint "
+                    f"{str(found)[:12]} in place of {str(expected)[:12]}; is the ds_config another one?"
                 )
         # A rank beyond those that saved draws what another one does: nothing is drawn once dropout is off.
         _set_random_state(load_file(checkpoint / _random_file(self._world.rank % saved.world_size)))
@@ -412,10 +435,13 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
 
-    def _mine(self, folder: Path) -> list[Path]:
+    def _moved(self) -> ReferenceEngine | None:
+        return self._reference if self._reference and self._reference.has_moved else None
+
+    def _shards_in(self, folder: Path) -> list[Path]:
         shards = [*folder.glob(f"*zero_pp_rank_{self._world.rank}_mp_rank_*.pt")]
         assert len(shards) == 2, f"DeepSpeed has written {[path.name for path in folder.iterdir()]}"
-        return [*shards, folder / _random_file(self._world.rank)]
+        return shards
 
     def _unseen(self, sizes: Mapping[Path, int]) -> str | None:
         deadline = time.monotonic() + _SEEN_WITHIN_S
@@ -453,7 +479,8 @@ class Checkpoints:
         shutil.rmtree(going)
 
     def _lack_of_space(self) -> str | None:
-        needed = BYTES_PER_PARAMETER * self._policy.parameters + self._world.size * 2**20
+        each = BYTES_PER_PARAMETER + (self._policy.dtype.itemsize if self._moved() else 0)
+        needed = each * self._policy.parameters + self._world.size * 2**20
         free = shutil.disk_usage(self.folder).free
         if free >= needed:
             return None
