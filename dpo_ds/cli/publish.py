@@ -66,6 +66,7 @@ def export_policy(
             packed=packed,
             # Elsewhere a kernel may depend on where in memory a weight lies.
             bound=0.0 if world.device.type == "cpu" else PER_TOKEN_BOUND[inputs.dtype],
+            adapter_of=inputs.policy if inputs.adapter else None,
         ),
         world=world,
     )
@@ -102,6 +103,7 @@ def export_checkpoint(found: Inputs | None, identity: Identity, meeting: Meeting
         betas=config.train.betas,
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
+        adapter=inputs.adapter,
     ).policy
     checkpoints = Checkpoints(
         Path(config.output_dir) / CHECKPOINTS_FOLDER,

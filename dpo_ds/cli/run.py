@@ -93,7 +93,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         inputs.policy,
         world=world,
         policy_config=inputs.policy_config,
-        reference=None if cached else inputs.reference,
+        reference=inputs.reference if config.reference.mode == "engine" else None,
         reference_config=inputs.reference_config,
         dtype=inputs.dtype,
         attention=config.model.attention,
@@ -102,6 +102,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         betas=config.train.betas,
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
+        adapter=inputs.adapter,
+        adapter_start_is_reference=config.reference.mode == "adapter",
     )
     pair = _same_pairs(inputs.train, world).pair(0)
     check_heads(engines, pair, world=world)
@@ -145,7 +147,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
             if start.step:
                 if world.rank == 0:
                     print(f"going on behind step {start.step} of {feed.steps}", flush=True)
-            elif trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
+            elif trainer.pass_the_gate(same_source=inputs.starts_at_reference) and world.rank == 0:
                 print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
             trained = trainer.run(start)
         except Stopped as stopped:

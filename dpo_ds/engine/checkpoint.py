@@ -453,7 +453,7 @@ class Checkpoints:
         shutil.rmtree(going)
 
     def _lack_of_space(self) -> str | None:
-        needed = BYTES_PER_PARAMETER * self._policy.parameters + self._world.size * 2**20
+        needed = BYTES_PER_PARAMETER * self._policy.trained_parameters + self._world.size * 2**20
         free = shutil.disk_usage(self.folder).free
         if free >= needed:
             return None
