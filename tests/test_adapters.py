@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.plain_dpo import PlainPair, response_logp
+from tests.test_resume import SETTINGS, record, start, write_run
 from tests.test_run import Run, losses, rows_of_words
 from tests.test_run import run as run
 
