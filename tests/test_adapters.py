@@ -11,6 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_ds.cli.preflight import preflight
+from dpo_ds.config import parse_run
+from dpo_ds.errors import UserError
 from tests.plain_dpo import PlainPair, response_logp
 from tests.test_resume import SETTINGS, record, start, write_run
 from tests.test_run import Run, losses, rows_of_words
@@ -138,3 +141,41 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_ends_as_one_that_w
     assert [line for line in record(again) if line["step"] > 2] == lines
     resumed = load_file(again / "out/export/adapter_model.safetensors")
     assert all(torch.equal(weight, resumed[name]) for name, weight in exported.items())
+
+
+@pytest.mark.ranks
+def test_an_adapter_is_continued_against_a_frozen_copy_of_itself(trained: Path, tiny_chat: Path, tmp_path: Path):
+    export = trained / "out/export"
+    folder = write_run(
+        tmp_path / "run",
+        tiny_chat,
+        adapter={"path": str(export)},
+        reference={"mode": "adapter"},
+        train={**SETTINGS["train"], "learning_rate": 1e-2, "max_steps": 2, "eval_every": 2},
+    )
+    finished = start(folder).expect_success()
+    assert "step-0 gate: policy and reference have equal weights" in finished.outputs[0]
+    before = [line for line in record(trained) if line["split"] == "eval"][-1]
+    first, after = [line for line in record(folder) if line["split"] == "eval"]
+    assert first["logps/chosen"] == pytest.approx(before["logps/chosen"], abs=1e-5)
+    assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
+    assert abs(after["rewards/chosen"]) > 1e-4
+    assert after["rewards/chosen"] == pytest.approx(0.1 * (after["logps/chosen"] - first["logps/chosen"]), abs=1e-5)
+    went_on, had = (load_file(path / "adapter_model.safetensors") for path in (folder / "out/export", export))
+    assert went_on.keys() == had.keys()
+    assert not torch.equal(next(iter(went_on.values())), next(iter(had.values())))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_engines(tiny_chat: Path, tmp_path: Path):
+    folder = write_run(tmp_path / "run", tiny_chat)
+
+    def look(adapter: str) -> str:
+        return preflight(parse_run(["--config", str(folder / "run.yaml"), "--adapter", adapter]), ranks=2).plan
+
+    with pytest.raises(UserError, match=r"got 'q_prj'; did you mean q_proj\?"):
+        look("{target_modules: [q_prj]}")
+    with pytest.raises(UserError, match="must not name the head, got 'lm_head'"):
+        look("{target_modules: [lm_head]}")
+    with pytest.raises(UserError, match="adapter.path must be a folder with an adapter_config.json"):
+        look(f"{{path: {tiny_chat}}}")
+    assert "frozen, with LoRA of rank 3" in look("{r: 3}")

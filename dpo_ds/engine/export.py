@@ -106,7 +106,11 @@ def export(
     contents = _Contents.of(model, max_shard_size)
     aside = folder.with_name(folder.name + _ASIDE)
     try:
-        world.agree(_begin(aside, folder, contents, policy, tokenizer, config, card) if world.rank == 0 else None)
+        world.agree(
+            _begin(aside, folder, contents, policy, tokenizer, config, card, probe.adapter_of)
+            if world.rank == 0
+            else None
+        )
         world.agree(_unseen({aside: None}))
         world.agree(_unwritable(folder, _write_weights(model, aside, contents, world)))
         world.agree(_unseen({aside / file: contents.size_of(file) for file in contents.files}))
@@ -216,6 +220,7 @@ def _begin(
     tokenizer: Tokenizer,
     config: PretrainedConfig,
     card: str,
+    adapter_of: str | None,
 ) -> str | None:
     """Writes all but the weights, if there is space for those, too; returns why it cannot."""
     model, older = policy.model.model, folder.with_name(folder.name + _OLDER)
@@ -229,7 +234,7 @@ def _begin(
         aside.mkdir(parents=True)
         if problem := lack_of_room(policy, folder):
             return problem
-        save_configs(model, config, aside)
+        save_configs(model, config, aside, adapter_of=adapter_of)
         tokenizer.save(aside)
         (aside / _CARD).write_text(card, encoding="utf-8")
         if contents.index is not None:

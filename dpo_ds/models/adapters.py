@@ -194,11 +194,18 @@ def published(model: PreTrainedModel) -> Published:
     return Published(_of_adapter(model, _TRAINED), ADAPTER_WEIGHTS.replace(".", "{suffix}.", 1), is_whole=False)
 
 
-def save_configs(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
-    """Writes what belongs to ``published`` weights beside them: a model's config, or its adapter's."""
-    if next(_layers(model), None) is not None:
+def save_configs(model: PreTrainedModel, config: PretrainedConfig, folder: Path, *, adapter_of: str | None) -> None:
+    """Writes what belongs to ``published`` weights beside them: a model's config, or its adapter's.
+
+    Args:
+        model: with or without an adapter.
+        config: what the model was loaded with.
+        folder: where they go.
+        adapter_of: folder or hub id of the adapter's base; None for a model.
+    """
+    if adapter_of is not None:
         adapter = model.peft_config[_TRAINED]
-        adapter.base_model_name_or_path = model.name_or_path
+        adapter.base_model_name_or_path = adapter_of
         adapter.inference_mode = True
         adapter.save_pretrained(folder)
         return
