@@ -176,6 +176,6 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_engines(tiny_chat: P
         look("{target_modules: [q_prj]}")
     with pytest.raises(UserError, match="must not name the head, got 'lm_head'"):
         look("{target_modules: [lm_head]}")
-    with pytest.raises(UserError, match="adapter.path must be a folder with an adapter_config.json"):
+    with pytest.raises(UserError, match=r"adapter\.path must be a folder with an adapter_config\.json"):
         look(f"{{path: {tiny_chat}}}")
     assert "frozen, with LoRA of rank 3" in look("{r: 3}")
