@@ -144,13 +144,16 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_ends_as_one_that_w
 
 
 @pytest.mark.ranks
-def test_an_adapter_is_continued_against_a_frozen_copy_of_itself(trained: Path, tiny_chat: Path, tmp_path: Path):
+def test_an_adapter_is_continued_against_a_frozen_copy_of_itself_and_merged_into_a_whole_model(
+    trained: Path, tiny_chat: Path, tmp_path: Path
+):
     export = trained / "out/export"
     folder = write_run(
         tmp_path / "run",
         tiny_chat,
         adapter={"path": str(export)},
         reference={"mode": "adapter"},
+        export={"merged": True},
         train={**SETTINGS["train"], "learning_rate": 1e-2, "max_steps": 2, "eval_every": 2},
     )
     finished = start(folder).expect_success()
@@ -161,9 +164,11 @@ def test_an_adapter_is_continued_against_a_frozen_copy_of_itself(trained: Path, 
     assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
     assert abs(after["rewards/chosen"]) > 1e-4
     assert after["rewards/chosen"] == pytest.approx(0.1 * (after["logps/chosen"] - first["logps/chosen"]), abs=1e-5)
-    went_on, had = (load_file(path / "adapter_model.safetensors") for path in (folder / "out/export", export))
-    assert went_on.keys() == had.keys()
-    assert not torch.equal(next(iter(went_on.values())), next(iter(had.values())))
+    whole = AutoModelForCausalLM.from_pretrained(folder / "out/export").eval()
+    assert not hasattr(whole, "peft_config")
+    with torch.no_grad():
+        chosen = [response_logp(whole, pair.prompt, pair.chosen) for pair in plain_pairs(tiny_chat)[13:18]]
+    assert torch.stack(chosen).mean().item() == pytest.approx(after["logps/chosen"], abs=1e-4)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_the_engines(tiny_chat: Path, tmp_path: Path):

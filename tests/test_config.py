@@ -234,6 +234,7 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("checkpoint.keep", "0", "must be >= 1, got 0"),
         ("checkpoint.keep_every", "5", "must be null or a multiple of checkpoint.every, got 5"),
         ("checkpoint.keep_best", "loss", "must be null unless train.eval_every divides checkpoint.every, got 'loss'"),
+        ("export.merged", "true", "must be false while adapter is null, got true"),
         ("adapter", "{r: 0}", r"must be of r >= 1, alpha > 0, got \{'r': 0,"),
     ],
 )

@@ -92,6 +92,11 @@ class Inputs:
         return _adapter(self.config)
 
     @property
+    def exports_adapter(self) -> bool:
+        """Whether the export is an adapter, not a model."""
+        return self.config.adapter is not None and not self.config.export.merged
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether policy and reference begin with equal weights, since they come from the same files."""
         continues = self.config.adapter is not None and self.config.adapter.path is not None
@@ -467,7 +472,7 @@ def _fetched(config: RunConfig, *, reference: str | None, weights: bool) -> dict
 def _check_room(config: RunConfig, folder: Path, *, trains: bool) -> None:
     """Looks, long before the engines do, for room for the export, and for a checkpoint where one will be saved."""
     if config.adapter is not None:
-        return  # both are small
+        return  # checkpoints are small, and the engines know the export's size
     weights = Path(held(config.model.policy))
     parameters = stored_parameters(weights) if weights.exists() else None
     if parameters is None:

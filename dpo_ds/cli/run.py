@@ -122,7 +122,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
-    world.agree(lack_of_room(engines.policy, inputs.export_folder) if world.rank == 0 else None)
+    room = partial(lack_of_room, engines.policy, inputs.export_folder, adapter_alone=inputs.exports_adapter)
+    world.agree(room() if world.rank == 0 else None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.

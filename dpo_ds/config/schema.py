@@ -245,6 +245,9 @@ class ExportConfig:
     push_to_hub: str | None = _key(
         None, "hub id that the verified export is pushed to, with the token in HF_TOKEN; null: none"
     )
+    merged: bool = _key(
+        False, "whether an adapter is merged into the weights of a whole model; false: the adapter alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -455,7 +458,10 @@ def _streaming_rules(config: RunConfig) -> tuple[tuple[str, bool, str], ...]:
 def _adapter_rules(config: RunConfig) -> tuple[tuple[str, bool, str], ...]:
     adapter, mode = config.adapter, config.reference.mode
     if adapter is None:
-        return (("reference.mode", mode != "adapter", "engine, cache or none while adapter is null"),)
+        return (
+            ("reference.mode", mode != "adapter", "engine, cache or none while adapter is null"),
+            ("export.merged", not config.export.merged, "false while adapter is null"),
+        )
     return (
         ("adapter", adapter.r >= 1 and adapter.alpha > 0, "of r >= 1, alpha > 0"),
         (

@@ -28,7 +28,7 @@ from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_of_shards, par
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import settled, sync_folder
-from dpo_ds.models.adapters import Adapter, published, save_configs
+from dpo_ds.models.adapters import Adapter, merged, merging, published, save_configs
 from dpo_ds.models.attention import share_prompts
 
 MAX_SHARD_SIZE = "50GB"
@@ -54,7 +54,8 @@ class Probe:
         trust_remote_code: the policy's.
         packed: whether the policy has the attention of packed rows.
         bound: largest difference of two log-probs, per token; 0 where equal weights score equally to the bit.
-        adapter_of: folder or hub id of the model that the export is an adapter of; None: it is a model.
+        adapter_of: folder or hub id of the model that the export is an adapter of; None: it is a model, into whose
+            weights an adapter is merged where there is one.
     """
 
     batch: PairBatch
@@ -103,7 +104,7 @@ def export(
     policy.engine.empty_partition_cache()
     world.trim_memory()
     model = policy.model.model
-    contents = _Contents.of(model, max_shard_size)
+    contents = _Contents.of(model, max_shard_size, adapter_alone=probe.adapter_of is not None)
     aside = folder.with_name(folder.name + _ASIDE)
     try:
         world.agree(
@@ -138,23 +139,24 @@ def why_not_replaceable(folder: Path) -> str | None:
     )
 
 
-def lack_of_room(policy: PolicyEngine, folder: Path) -> str | None:
+def lack_of_room(policy: PolicyEngine, folder: Path, *, adapter_alone: bool = False) -> str | None:
     """Returns why an export would not fit, in one line, or None if it would.
 
     Args:
         policy: the engine.
         folder: where the model goes.
+        adapter_alone: whether that is an adapter.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    tensors = _hollow(_exported(policy.model.model)).values()
+    tensors = _hollow(_exported(policy.model.model, adapter_alone=adapter_alone)).values()
     needed, free = sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES, shutil.disk_usage(there).free
     if free >= needed:
         return None
     return _unwritable(folder, f"it needs {needed / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free")
 
 
-def _exported(model: PreTrainedModel) -> dict[str, Tensor]:
-    weights, _, is_whole = published(model)
+def _exported(model: PreTrainedModel, *, adapter_alone: bool) -> dict[str, Tensor]:
+    weights, _, is_whole = published(model, adapter_alone=adapter_alone)
     return {**weights, **(stored_buffers(model) if is_whole else {})}
 
 
@@ -171,18 +173,23 @@ def _whole_shape(tensor: ZeroParameter) -> torch.Size:
 
 @dataclass(frozen=True)
 class _Contents:
-    """Which tensors go into which file; of the tensors, shape and dtype alone."""
+    """Which tensors go into which file; ``tensors`` have shape and dtype alone, ``live`` are a rank's parts."""
 
+    live: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     files: Mapping[str, Sequence[str]]
     index: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, max_shard_size: str) -> "_Contents":
-        hollow, pattern = _hollow(_exported(model)), published(model).pattern
+    def of(cls, model: PreTrainedModel, max_shard_size: str, *, adapter_alone: bool) -> "_Contents":
+        live, pattern = (
+            _exported(model, adapter_alone=adapter_alone),
+            published(model, adapter_alone=adapter_alone).pattern,
+        )
+        hollow = _hollow(live)
         plan = split_torch_state_dict_into_shards(hollow, filename_pattern=pattern, max_shard_size=max_shard_size)
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
-        return cls(hollow, plan.filename_to_tensors, index)
+        return cls(live, hollow, plan.filename_to_tensors, index)
 
     def layout(self, file: str) -> tuple[bytes, list[str]]:
         return safetensors_layout({name: self.tensors[name] for name in self.files[file]})
@@ -232,7 +239,7 @@ def _begin(
         shutil.rmtree(older, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if problem := lack_of_room(policy, folder):
+        if problem := lack_of_room(policy, folder, adapter_alone=adapter_of is not None):
             return problem
         save_configs(model, config, aside, adapter_of=adapter_of)
         tokenizer.save(aside)
@@ -267,7 +274,7 @@ def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, wo
     problem = None
     for number, file in enumerate(contents.files):
         header, order = contents.layout(file)
-        tensors = _whole_tensors(model, order, world)
+        tensors = _whole_tensors(model, contents.live, order, world)
         if number % world.size == world.rank and problem is None:
             problem = _write(folder / file, header, tensors)
         # A rank that left here, or wrote no more, would leave the others in a collective.
@@ -276,10 +283,15 @@ def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, wo
     return problem
 
 
-def _whole_tensors(model: PreTrainedModel, names: Iterable[str], world: World) -> Iterator[Tensor]:
-    tensors = _exported(model)
+def _whole_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], names: Iterable[str], world: World
+) -> Iterator[Tensor]:
+    layers = merging(model)
     for name in names:
-        if isinstance(tensors[name], nn.Parameter):
+        if name in layers:
+            with deepspeed.zero.GatheredParameters(list(layers[name].parameters())):
+                yield merged(layers[name])
+        elif isinstance(tensors[name], nn.Parameter):
             with deepspeed.zero.GatheredParameters([tensors[name]]):
                 yield tensors[name].detach()
         else:
@@ -302,7 +314,9 @@ def _write(path: Path, header: bytes, tensors: Iterator[Tensor]) -> str | None:
 
 def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> str | None:
     """Returns what of this rank's live weights the files do not hold, or why they should not be published."""
-    held = {name: part_held(tensor) for name, tensor in _exported(model).items()}
+    # What is merged exists in the files alone: the scores must speak for it.
+    layers = merging(model)
+    held = {name: part_held(tensor) for name, tensor in contents.live.items() if name not in layers}
     for name, shard in held.items():
         if not torch.isfinite(shard.values).all():
             return f"the weight {name} is not finite"

@@ -187,11 +187,41 @@ class Published(NamedTuple):
     is_whole: bool
 
 
-def published(model: PreTrainedModel) -> Published:
-    """Returns a model's own weights, or those of its adapter alone where it has one, by peft's names for files."""
-    if next(_layers(model), None) is None:
-        return Published(dict(model.named_parameters()), "model{suffix}.safetensors", is_whole=True)
+def published(model: PreTrainedModel, *, adapter_alone: bool) -> Published:
+    """Returns a model's own weights, or those of its adapter by peft's names for files.
+
+    Args:
+        model: with or without an adapter.
+        adapter_alone: whether it is the adapter that is exported; else those of ``merging`` are to be merged.
+    """
+    if not adapter_alone:
+        return Published(weights_at_work(model)[0], "model{suffix}.safetensors", is_whole=True)
     return Published(_of_adapter(model, _TRAINED), ADAPTER_WEIGHTS.replace(".", "{suffix}.", 1), is_whole=False)
+
+
+def merging(model: nn.Module) -> dict[str, Any]:
+    """Returns the layers that have an adapter, by the names that their weights have without one."""
+    return {
+        f"{name}.weight".replace(".base_layer.", "."): layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+@torch.no_grad()
+def merged(layer: Any) -> Tensor:
+    """Returns what a layer's weight would be with its adapter merged into it; the layer stays as it is.
+
+    Args:
+        layer: one of ``merging``, with whole weights.
+    """
+    weight = layer.get_base_layer().weight
+    own = weight.data
+    layer.merge(safe_merge=True, adapter_names=[_TRAINED])
+    found: Tensor = weight.data
+    weight.data = own
+    layer.merged_adapters.clear()
+    return found
 
 
 def save_configs(model: PreTrainedModel, config: PretrainedConfig, folder: Path, *, adapter_of: str | None) -> None:
