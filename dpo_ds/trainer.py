@@ -28,7 +28,7 @@ from dpo_ds.data.schedule import (
     plan_training,
     regroup,
 )
-from dpo_ds.engine import Engines, World
+from dpo_ds.engine import Engines, ReferenceEngine, World
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, complete_checkpoints
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement
@@ -367,9 +367,10 @@ class Trainer:
         return step == self._train.steps or (every is not None and step % every == 0)
 
     def _move_reference(self, step: int) -> None:
-        settings = self._config.reference
-        if self._engines.reference is not None and settings.sync_every is not None and step % settings.sync_every == 0:
-            self._engines.reference.follow(self._engines.policy, weight=settings.sync_weight)
+        reference, settings = self._engines.reference, self._config.reference
+        if settings.sync_every is not None and step % settings.sync_every == 0:
+            assert isinstance(reference, ReferenceEngine)  # the config's rules say so
+            reference.follow(self._engines.policy, weight=settings.sync_weight)
 
     def _check_reference(self) -> None:
         if self._engines.reference is not None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dpo_ds.config import (
+    AdapterConfig,
     DataSource,
     Run,
     StreamingConfig,
@@ -232,13 +233,14 @@ def test_a_missing_run_file_is_named_with_the_place_looked_at():
         ("tracking.answers", "2", "must be 0 while data.eval is null, got 2"),
         ("tracking.answer_tokens", "0", "must be >= 1, got 0"),
         ("output_dir", "", "must be the name of a folder, got ''"),
-        ("reference.mode", "adapter", "must be 'engine' or 'cache' or 'none' in this version, got 'adapter': "),
+        ("reference.mode", "adapter", "must be engine, cache or none while adapter is null, got 'adapter'"),
         ("reference.tokens_per_micro_batch", "9", r"must be null or >= train.tokens_per_micro_batch, got 9"),
         ("checkpoint.every", "0", "must be >= 1 or null, got 0"),
         ("checkpoint.keep", "0", "must be >= 1, got 0"),
         ("checkpoint.keep_every", "5", "must be null or a multiple of checkpoint.every, got 5"),
         ("checkpoint.keep_best", "loss", "must be null unless train.eval_every divides checkpoint.every, got 'loss'"),
-        ("adapter", "{r: 8}", r"must be null in this version, got \{'r': 8\}: "),
+        ("export.merged", "true", "must be false while adapter is null, got true"),
+        ("adapter", "{r: 0}", r"must be of r >= 1, alpha > 0, got \{'r': 0,"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_range(parse, key, value, message):
@@ -387,3 +389,35 @@ def test_streaming_is_read_and_written_back(parse, tmp_path):
 def test_what_does_not_go_with_streaming_is_refused(parse, argv, message):
     with pytest.raises(UserError, match=message):
         parse(STREAMED, *argv)
+
+
+def test_an_adapter_is_read_and_written_back(parse, tmp_path):
+    for given, expected in (
+        ("{r: 4, alpha: 8, target_modules: [q_proj]}", AdapterConfig(r=4, alpha=8, target_modules=("q_proj",))),
+        ("{path: somewhere}", AdapterConfig(path="somewhere")),
+    ):
+        config = parse(SMALLEST, "--adapter", given, "--reference.mode", "adapter").config
+        assert config.adapter == expected
+        (tmp_path / "again.yaml").write_text(dump_yaml(config))
+        assert parse_run(["--config", str(tmp_path / "again.yaml")]).config == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--adapter", "true"], r"adapter must be \{r, alpha, .*path\}, or null, got true"),
+        (["--adapter", "{rank: 4}"], "adapter: unknown key rank; did you mean"),
+        (["--adapter", "{use_dorra: true}"], "adapter: unknown key use_dorra; did you mean use_dora"),
+        (["--adapter", "{r: 4.5}"], "adapter.r must be a whole number, got 4.5"),
+        (["--adapter", "{init: pissa}"], "adapter.init must be default or gaussian, got 'pissa'"),
+        (["--adapter", "{target_modules: some}"], "adapter.target_modules must be all-linear or a list of names"),
+        (["--adapter", "{path: a, r: 4}"], "adapter must hold no other key beside path"),
+        (
+            ["--adapter", "{r: 4}", "--reference.mode", "adapter", "--model.reference", "b"],
+            "model.reference must be null where reference.mode is adapter",
+        ),
+    ],
+)
+def test_what_is_no_adapter_or_does_not_go_with_one_is_refused(parse, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(SMALLEST, *argv)

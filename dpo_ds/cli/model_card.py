@@ -36,7 +36,7 @@ def model_card(inputs: Inputs, *, step: int, tokens: int, evaluation: Mapping[st
     reference = "none" if inputs.reference is None else shown_source(inputs.reference)
     held_out = open_prepared(inputs.evaluation) if inputs.evaluation else None
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if inputs.exports_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", "dpo_ds"],
         base_model=policy if _is_on_hub(inputs.policy) else None,

@@ -5,14 +5,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dpo_ds.cli.schedules import block_schedule_of, schedule_of
-from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
+from dpo_ds.config import AdapterConfig, DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.preferences import Source
 from dpo_ds.data.prepare import prepare
@@ -35,6 +35,7 @@ from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.engine.policy import swaps_to_files
 from dpo_ds.engine.shards import stored_parameters
 from dpo_ds.errors import UserError
+from dpo_ds.models.adapters import Adapter, check_adapter
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -86,6 +87,22 @@ class Inputs:
     def dtype(self) -> torch.dtype:
         """Of both models' weights."""
         return _DTYPES[self.config.model.dtype]
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What trains in place of the policy's own weights."""
+        return _adapter(self.config)
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the export is an adapter, not a model."""
+        return self.config.adapter is not None and not self.config.export.merged
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether policy and reference begin with equal weights, since they come from the same files."""
+        continues = self.config.adapter is not None and self.config.adapter.path is not None
+        return self.reference == self.policy and (not continues or self.config.reference.mode == "adapter")
 
     @property
     def facts(self) -> dict[str, str]:
@@ -386,6 +403,10 @@ def _origin(config: RunConfig, train: str, evaluation: PreparedPairs | None) -> 
     values["reference.sync_every"] = reference.sync_every
     if reference.sync_every is not None:
         values["reference.sync_weight"] = reference.sync_weight
+    if config.adapter is not None:
+        values["adapter"] = asdict(config.adapter)
+        if config.adapter.path and config.reference.mode == "adapter":
+            values["reference.mode"] = "adapter"
     return values
 
 
@@ -419,9 +440,10 @@ def _located(run: Run) -> RunConfig:
     def sources(values: Sequence[DataSource], key: str) -> tuple[DataSource, ...]:
         return tuple(replace(source, path=found(source.path, key)) for source in values)
 
-    model, data, deepspeed = config.model, config.data, config.deepspeed
+    model, data, deepspeed, adapter = config.model, config.data, config.deepspeed, config.adapter
     return replace(
         config,
+        adapter=adapter and replace(adapter, path=maybe(adapter.path, "adapter.path")),
         model=replace(
             model,
             policy=found(model.policy, "model.policy"),
@@ -455,6 +477,8 @@ def _fetched(config: RunConfig, *, reference: str | None, weights: bool) -> dict
 
 def _check_room(config: RunConfig, folder: Path, *, trains: bool) -> None:
     """Looks, long before the engines do, for room for the export, and for a checkpoint where one will be saved."""
+    if config.adapter is not None:
+        return  # checkpoints are small, and the engines know the export's size
     weights = Path(held(config.model.policy))
     parameters = stored_parameters(weights) if weights.exists() else None
     if parameters is None:
@@ -484,6 +508,10 @@ def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     return run, policy_config, reference_ds_config(run.config.deepspeed.reference, dtype=dtype)
 
 
+def _adapter(config: RunConfig) -> Adapter | None:
+    return None if config.adapter is None else Adapter(**vars(config.adapter), seed=config.train.seed)
+
+
 def _check_models(config: RunConfig, policy: str, reference: str | None, tokenizer: Tokenizer) -> None:
     trust = config.model.trust_remote_code
     policy_config = load_model_config(policy, trust_remote_code=trust)
@@ -493,6 +521,8 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
             f"the tokenizer {tokenizer.name} knows {tokenizer.vocab_size} tokens, but the embedding of model.policy "
             f"{policy} has {rows} rows; name the model's own tokenizer, or resize the embedding and save the model"
         )
+    if (adapter := _adapter(config)) is not None:
+        check_adapter(adapter, policy_config)
     models = {"model.policy": policy_config}
     if reference not in (None, policy):
         models["model.reference"] = load_model_config(str(reference), trust_remote_code=trust)
@@ -547,10 +577,8 @@ def _plan(
 ) -> str:
     settings, lengths = config.train, train.lengths
     rows = {
-        "policy": f"{policy} in {config.model.dtype}",
-        "reference": f"{reference}, {f'scored once into {cache}' if cache else 'live and frozen'}"
-        if reference
-        else "none",
+        "policy": f"{policy} in {config.model.dtype}" + (f", {_trained(config.adapter)}" if config.adapter else ""),
+        "reference": f"{reference}, {_kept(config, cache)}" if reference else "none",
         "loss": _described(config),
         "pairs": f"{_trained_on(schedule, train)} to train on"
         + (f", {_usable(evaluation)} held out" if evaluation else ""),
@@ -563,6 +591,20 @@ def _plan(
         "output": config.output_dir,
     } | ({"goes on": f"from {checkpoints[0]}"} if checkpoints else {})
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def _trained(adapter: AdapterConfig) -> str:
+    if adapter.path is not None:
+        return f"frozen, with the adapter {adapter.path}"
+    kind = ("rank-stabilized " if adapter.use_rslora else "") + ("DoRA" if adapter.use_dora else "LoRA")
+    return f"frozen, with {kind} of rank {adapter.r}"
+
+
+def _kept(config: RunConfig, cache: Path | None) -> str:
+    if config.reference.mode == "adapter":
+        start = config.adapter and config.adapter.path
+        return "the policy's engine " + ("with the adapter as it was" if start else "without its adapter")
+    return f"scored once into {cache}" if cache else "live and frozen"
 
 
 def _described(config: RunConfig) -> str:

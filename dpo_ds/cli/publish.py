@@ -18,7 +18,7 @@ from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from dpo_ds.engine.export import Probe, export
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.errors import first_line
-from dpo_ds.gate import PER_TOKEN_BOUND
+from dpo_ds.gate import PACKED_BOUND, PER_TOKEN_BOUND
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.models.causal_lm import load_model_config
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -64,11 +64,18 @@ def export_policy(
             config.model.attention,
             trust,
             packed=packed,
-            # Elsewhere a kernel may depend on where in memory a weight lies.
-            bound=0.0 if world.device.type == "cpu" else PER_TOKEN_BOUND[inputs.dtype],
+            bound=_bound(inputs, world),
+            adapter_of=inputs.policy if inputs.exports_adapter else None,
         ),
         world=world,
     )
+
+
+def _bound(inputs: Inputs, world: World) -> float:
+    if inputs.config.export.merged:
+        return PACKED_BOUND[inputs.dtype]  # every product of an adapted layer rounds in another order
+    # Elsewhere a kernel may depend on where in memory a weight lies.
+    return 0.0 if world.device.type == "cpu" else PER_TOKEN_BOUND[inputs.dtype]
 
 
 def export_checkpoint(found: Inputs | None, identity: Identity, meeting: Meeting) -> None:
@@ -102,6 +109,7 @@ def export_checkpoint(found: Inputs | None, identity: Identity, meeting: Meeting
         betas=config.train.betas,
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
+        adapter=inputs.adapter,
     ).policy
     checkpoints = Checkpoints(
         Path(config.output_dir) / CHECKPOINTS_FOLDER,

@@ -19,7 +19,7 @@ from dpo_ds.cli.publish import export_policy, push_to_hub
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepared import PreparedPairs, open_prepared
-from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine import Engines, ReferenceEngine, World, initialize
 from dpo_ds.engine.answers import greedy_answers
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room
@@ -96,7 +96,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         inputs.policy,
         world=world,
         policy_config=inputs.policy_config,
-        reference=None if cached else inputs.reference,
+        reference=inputs.reference if config.reference.mode == "engine" else None,
         reference_config=inputs.reference_config,
         dtype=inputs.dtype,
         attention=config.model.attention,
@@ -105,9 +105,13 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         betas=config.train.betas,
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
+        adapter=inputs.adapter,
+        adapter_start_is_reference=config.reference.mode == "adapter",
     )
-    if config.reference.sync_every is not None and engines.reference is not None:
-        engines.reference.check_it_can_follow(engines.policy)
+    # The one that may follow the policy; an adapter's reference is the policy's own base.
+    own_reference = engines.reference if isinstance(engines.reference, ReferenceEngine) else None
+    if config.reference.sync_every is not None and own_reference is not None:
+        own_reference.check_it_can_follow(engines.policy)
     pair = _same_pairs(inputs.train, world).pair(0)
     check_heads(engines, pair, world=world)
     packed = choose_layout(engines, pair, layout=inputs.layout, world=world)
@@ -115,7 +119,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
     checkpoints = Checkpoints(
         folder / CHECKPOINTS_FOLDER,
         policy=engines.policy,
-        reference=engines.reference,
+        reference=own_reference,
         world=world,
         origin=inputs.origin | _weights(engines, cached),
         versions=versions(),
@@ -126,7 +130,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
     )
     # A signal saves even where checkpoint.every is null.
     checkpoints.check_place(will_save=config.checkpoint.every is not None)
-    world.agree(lack_of_room(engines.policy, inputs.export_folder) if world.rank == 0 else None)
+    room = partial(lack_of_room, engines.policy, inputs.export_folder, adapter_alone=inputs.exports_adapter)
+    world.agree(room() if world.rank == 0 else None)
     start = Progress()
     if inputs.checkpoints:
         # Only now: how rows are laid out was decided with the weights that the run began with.
@@ -152,7 +157,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
             if start.step:
                 if world.rank == 0:
                     print(f"going on behind step {start.step} of {feed.steps}", flush=True)
-            elif trainer.pass_the_gate(same_source=inputs.reference == inputs.policy) and world.rank == 0:
+            elif trainer.pass_the_gate(same_source=inputs.starts_at_reference) and world.rank == 0:
                 print("step-0 gate: policy and reference have equal weights and score alike", flush=True)
             trained = trainer.run(start)
         except Stopped as stopped:

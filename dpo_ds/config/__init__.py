@@ -6,6 +6,7 @@ A leaf: neither torch nor transformers may enter, so that ``--help`` and a misty
 from dpo_ds.config.parse import Run, dump_yaml, parse_run, settle
 from dpo_ds.config.paths import resolve_path
 from dpo_ds.config.schema import (
+    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     DataSource,
@@ -25,6 +26,7 @@ from dpo_ds.config.schema import (
 from dpo_ds.config.sources import source_names
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",

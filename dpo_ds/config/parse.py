@@ -17,13 +17,13 @@ from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
 
 from dpo_ds.config.paths import resolve_path
-from dpo_ds.config.schema import DataSource, RunConfig, StreamingConfig, check, entries, flat, shown
-from dpo_ds.config.sources import read_sources, read_streaming
+from dpo_ds.config.schema import AdapterConfig, DataSource, RunConfig, StreamingConfig, check, entries, flat, shown
+from dpo_ds.config.sources import read_adapter, read_sources, read_streaming
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.signals import parse_duration
 
 _SOURCES = ("data.train", "data.eval")
-_READERS = {**dict.fromkeys(_SOURCES, read_sources), "data.streaming": read_streaming}
+_READERS = {**dict.fromkeys(_SOURCES, read_sources), "data.streaming": read_streaming, "adapter": read_adapter}
 _ALLOW_CHANGED = "allow_changed"
 _FLAGS = {
     "dry_run": "check everything, print the plan and exit without training",
@@ -296,6 +296,10 @@ def _yaml(values: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and all(isinstance(source, DataSource) for source in value):
         return value[0].path if value == (DataSource(value[0].path),) else [asdict(source) for source in value]
+    if isinstance(value, AdapterConfig):
+        # What its path decides is not said twice.
+        whole = {"path": value.path} if value.path else asdict(value)
+        return {key: _plain(part) for key, part in whole.items()}
     if isinstance(value, StreamingConfig):
         return asdict(value)
     return list(value) if isinstance(value, tuple) else value

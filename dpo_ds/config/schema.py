@@ -94,6 +94,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """What trains beside a frozen model; the names are peft's.
+
+    Attributes:
+        r: rank of each update.
+        alpha: the update counts alpha / r times, or alpha / sqrt(r) times with use_rslora.
+        target_modules: all-linear, or names of the linear layers that get one.
+        use_dora: whether magnitudes train apart from directions.
+        use_rslora: whether the scale is that of rank-stabilized LoRA.
+        init: how the first of the two factors is drawn, default or gaussian; the second is 0.
+        path: folder of an adapter to go on from, which decides all of the above; null begins anew.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = False
+    use_rslora: bool = False
+    init: Literal["default", "gaussian"] = "default"
+    path: str | None = None
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """How log-probs become a loss."""
 
@@ -154,7 +177,8 @@ class ReferenceConfig:
 
     mode: Literal["engine", "cache", "adapter", "none"] = _key(
         "engine",
-        "engine: a second, frozen engine; cache: scored once, kept on disk; none: every reference log-prob is 0",
+        "engine: a second, frozen engine; cache: scored once, kept on disk; adapter: the policy's engine without its "
+        "adapter, or with the one of adapter.path; none: every reference log-prob is 0",
     )
     tokens_per_micro_batch: int | None = _key(
         None, "its own, larger micro-batches, for fewer gathers of its weights; null: the policy's, for equal rounding"
@@ -225,6 +249,9 @@ class ExportConfig:
     push_to_hub: str | None = _key(
         None, "hub id that the verified export is pushed to, with the token in HF_TOKEN; null: none"
     )
+    merged: bool = _key(
+        False, "whether an adapter is merged into the weights of a whole model; false: the adapter alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +302,13 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     watchdogs: WatchdogsConfig = field(default_factory=WatchdogsConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
-    adapter: dict[str, Any] | None = field(default=None, metadata={"help": "LoRA and its kin"})
+    adapter: AdapterConfig | None = field(
+        default=None,
+        metadata={
+            "help": "{r, alpha, target_modules, use_dora, use_rslora, init, path}: LoRA and its kin train, the "
+            "model's own weights do not; null: all weights train"
+        },
+    )
     env: dict[str, str] = field(default_factory=dict, metadata={"help": "variables that the workers get"})
     output_dir: str = _required("folder of all that the run writes; relative to the working folder")
 
@@ -300,15 +333,13 @@ def shown(value: object) -> str:
     """Returns a value as a run file would write it, short enough for one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    value = asdict(value) if isinstance(value, StreamingConfig) else value
+    value = asdict(value) if isinstance(value, StreamingConfig | AdapterConfig) else value
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _UNAVAILABLE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.dtype", ("float32", "bfloat16"), "float16's loss scaling skips steps that a schedule counts"),
-    ("reference.mode", ("engine", "cache", "none"), "all weights train"),
-    ("adapter", (None,), "all weights train"),
 )
 """Keys that exist for later versions: key, the values that this version knows, what it does."""
 
@@ -367,6 +398,7 @@ def check(config: RunConfig) -> None:
             "sources of weight 1, since an evaluation scores every pair once",
         ),
         *_streaming_rules(config),
+        *_adapter_rules(config),
         ("data.processes", data.processes is None or data.processes >= 1, ">= 1 or null"),
         ("train.epochs", train.epochs >= 1, ">= 1"),
         ("train.max_steps", train.max_steps is None or train.max_steps >= 1, ">= 1 or null"),
@@ -438,6 +470,23 @@ def _streaming_rules(config: RunConfig) -> tuple[tuple[str, bool, str], ...]:
             config.train.tokens_per_micro_batch >= 2 * data.max_length,
             f">= {2 * data.max_length}, twice data.max_length, while data.streaming is set, since the longest pair is "
             "not known",
+        ),
+    )
+
+
+def _adapter_rules(config: RunConfig) -> tuple[tuple[str, bool, str], ...]:
+    adapter, mode = config.adapter, config.reference.mode
+    if adapter is None:
+        return (
+            ("reference.mode", mode != "adapter", "engine, cache or none while adapter is null"),
+            ("export.merged", not config.export.merged, "false while adapter is null"),
+        )
+    return (
+        ("adapter", adapter.r >= 1 and adapter.alpha > 0, "of r >= 1, alpha > 0"),
+        (
+            "model.reference",
+            mode != "adapter" or config.model.reference is None,
+            "null where reference.mode is adapter: the reference is the policy without its adapter",
         ),
     )
 

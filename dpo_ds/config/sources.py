@@ -1,12 +1,14 @@
-"""``data.train`` and ``data.eval``: a path, hub id, or a list of sources; ``data.streaming``. No data is looked at."""
+"""Values with parts of their own: ``data.train``, ``data.eval``, ``data.streaming``, ``adapter``; nothing is opened."""
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from dpo_ds.config.schema import DataSource, StreamingConfig, shown
+from dpo_ds.config.schema import AdapterConfig, DataSource, StreamingConfig, shown
 from dpo_ds.errors import UserError
 
 _EXPECTATIONS = {
@@ -61,6 +63,55 @@ def read_streaming(value: object, *, key: str) -> StreamingConfig:
         if not isinstance(part, int) or isinstance(part, bool):
             raise UserError(f"{key}.{name} must be a whole number, got {shown(part)}")
     return StreamingConfig(**value)
+
+
+def read_adapter(value: object, *, key: str) -> AdapterConfig:
+    """Returns what a run file's value says of an adapter.
+
+    Args:
+        value: a mapping of ``AdapterConfig``'s attributes, any of which may be left out.
+        key: the run file's key, for messages.
+
+    Raises:
+        UserError: the value is something else, or sets what ``path`` decides.
+    """
+    names = [entry.name for entry in fields(AdapterConfig)]
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be {{{', '.join(names)}}}, or null, got {shown(value)}")
+    for name, part in value.items():
+        if name not in names:
+            nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+            raise UserError(f"{key}: unknown key {name}; did you mean {nearest}?")
+        if not _fits_adapter(name, part):
+            raise UserError(f"{key}.{name} must be {_OF_ADAPTER[name]}, got {shown(part)}")
+    given: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
+    adapter = AdapterConfig(**given)
+    if adapter.path is not None and adapter != AdapterConfig(path=adapter.path):
+        raise UserError(f"{key} must hold no other key beside path, whose adapter_config.json decides them")
+    return adapter
+
+
+_OF_ADAPTER = {
+    "r": "a whole number",
+    "alpha": "a number",
+    "target_modules": "all-linear or a list of names",
+    "use_dora": "true or false",
+    "use_rslora": "true or false",
+    "init": "default or gaussian",
+    "path": "a folder or null",
+}
+
+
+def _fits_adapter(name: str, part: object) -> bool:
+    if name.startswith("use_"):
+        return isinstance(part, bool)
+    if name == "target_modules":
+        return part == "all-linear" or (isinstance(part, list) and bool(part) and _names(part))
+    if name == "init":
+        return part in ("default", "gaussian")
+    if name == "path":
+        return part is None or (isinstance(part, str) and bool(part.strip()))
+    return isinstance(part, int if name == "r" else int | float) and not isinstance(part, bool)
 
 
 def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:

@@ -7,19 +7,20 @@ import torch
 
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.reference import ReferenceEngine
+from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
 from dpo_ds.engine.shards import load_sharded
 from dpo_ds.engine.world import World
+from dpo_ds.models.adapters import Adapter
 from dpo_ds.models.scorer import Scorer
 
-__all__ = ["Engines", "PolicyEngine", "ReferenceEngine", "World", "initialize", "initialize_reference"]
+__all__ = ["Engines", "PolicyEngine", "Reference", "ReferenceEngine", "World", "initialize", "initialize_reference"]
 
 
 class Engines(NamedTuple):
     """What ``initialize`` returns; ``reference`` is None for reference-free losses."""
 
     policy: PolicyEngine
-    reference: ReferenceEngine | None
+    reference: Reference | None
 
 
 def initialize(
@@ -36,6 +37,8 @@ def initialize(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    adapter: Adapter | None = None,
+    adapter_start_is_reference: bool = False,
 ) -> Engines:
     """Builds the policy's and the reference's ZeRO-3 engines; the counterpart of ``deepspeed.initialize``; collective.
 
@@ -56,6 +59,9 @@ def initialize(
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: AdamW's decoupled decay of matrices.
+        adapter: trains in place of the policy's own weights; None trains those.
+        adapter_start_is_reference: whether the reference is what the adapter begins with, scored by the policy's own
+            engine; ``reference`` must then be None.
 
     Raises:
         UserError: a checkpoint cannot be opened, or does not fill its model exactly.
@@ -70,6 +76,8 @@ def initialize(
             attention=attention,
             trust_remote_code=trust_remote_code,
             world=world,
+            adapter=adapter,
+            keeps_start=adapter_start_is_reference and adapter is not None and adapter.path is not None,
         )
     )
     if activation_checkpointing:
@@ -88,7 +96,9 @@ def initialize(
         weight_decay=weight_decay,
     )
     world.trim_memory()  # the shards moved into one buffer
-    reference_engine = None
+    reference_engine: Reference | None = None
+    if adapter_start_is_reference:
+        reference_engine = AdapterReference(policy_engine, world=world)
     if reference is not None and reference_config is not None:
         reference_engine = initialize_reference(
             reference,
@@ -109,6 +119,7 @@ def initialize_reference(
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     trust_remote_code: bool = False,
+    adapter: Adapter | None = None,
 ) -> ReferenceEngine:
     """Builds the reference's engine alone; collective. Arguments and errors as those of ``initialize``."""
     model = load_sharded(
@@ -118,6 +129,7 @@ def initialize_reference(
         attention=attention,
         trust_remote_code=trust_remote_code,
         world=world,
+        adapter=adapter,
     )
     engine = ReferenceEngine(Scorer(model), ds_config=config, world=world)
     world.trim_memory()  # whole tensors passed through while shards were cut from them

@@ -480,7 +480,7 @@ class Checkpoints:
 
     def _lack_of_space(self) -> str | None:
         each = BYTES_PER_PARAMETER + (self._policy.dtype.itemsize if self._moved() else 0)
-        needed = each * self._policy.parameters + self._world.size * 2**20
+        needed = each * self._policy.trained_parameters + self._world.size * 2**20
         free = shutil.disk_usage(self.folder).free
         if free >= needed:
             return None

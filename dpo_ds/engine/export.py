@@ -10,24 +10,25 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine import initialize_reference
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_from_files, shard_of, stored_buffers
+from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_of_shards, part_held, stored_buffers
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import settled, sync_folder
+from dpo_ds.models.adapters import Adapter, merged, merging, published, save_configs
 from dpo_ds.models.attention import share_prompts
 
 MAX_SHARD_SIZE = "50GB"
@@ -53,6 +54,8 @@ class Probe:
         trust_remote_code: the policy's.
         packed: whether the policy has the attention of packed rows.
         bound: largest difference of two log-probs, per token; 0 where equal weights score equally to the bit.
+        adapter_of: folder or hub id of the model that the export is an adapter of; None: it is a model, into whose
+            weights an adapter is merged where there is one.
     """
 
     batch: PairBatch
@@ -61,6 +64,7 @@ class Probe:
     trust_remote_code: bool
     packed: bool
     bound: float
+    adapter_of: str | None = None
 
 
 def export(
@@ -100,10 +104,14 @@ def export(
     policy.engine.empty_partition_cache()
     world.trim_memory()
     model = policy.model.model
-    contents = _Contents.of(model, max_shard_size)
+    contents = _Contents.of(model, max_shard_size, adapter_alone=probe.adapter_of is not None)
     aside = folder.with_name(folder.name + _ASIDE)
     try:
-        world.agree(_begin(aside, folder, contents, policy, tokenizer, config, card) if world.rank == 0 else None)
+        world.agree(
+            _begin(aside, folder, contents, policy, tokenizer, config, card, probe.adapter_of)
+            if world.rank == 0
+            else None
+        )
         world.agree(_unseen({aside: None}))
         world.agree(_unwritable(folder, _write_weights(model, aside, contents, world)))
         world.agree(_unseen({aside / file: contents.size_of(file) for file in contents.files}))
@@ -131,36 +139,57 @@ def why_not_replaceable(folder: Path) -> str | None:
     )
 
 
-def lack_of_room(policy: PolicyEngine, folder: Path) -> str | None:
+def lack_of_room(policy: PolicyEngine, folder: Path, *, adapter_alone: bool = False) -> str | None:
     """Returns why an export would not fit, in one line, or None if it would.
 
     Args:
         policy: the engine.
         folder: where the model goes.
+        adapter_alone: whether that is an adapter.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    needed, free = policy.parameters * policy.dtype.itemsize + _SPARE_BYTES, shutil.disk_usage(there).free
+    tensors = _hollow(_exported(policy.model.model, adapter_alone=adapter_alone)).values()
+    needed, free = sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES, shutil.disk_usage(there).free
     if free >= needed:
         return None
     return _unwritable(folder, f"it needs {needed / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free")
 
 
+def _exported(model: PreTrainedModel, *, adapter_alone: bool) -> dict[str, Tensor]:
+    weights, _, is_whole = published(model, adapter_alone=adapter_alone)
+    return {**weights, **(stored_buffers(model) if is_whole else {})}
+
+
+def _hollow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(_whole_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+    }
+
+
+def _whole_shape(tensor: ZeroParameter) -> torch.Size:
+    is_sharded = isinstance(tensor, nn.Parameter)
+    return cast(ZeroParameter, tensor).ds_shape if is_sharded else tensor.shape  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class _Contents:
-    """Which tensors go into which file; of the tensors, shape and dtype alone."""
+    """Which tensors go into which file; ``tensors`` have shape and dtype alone, ``live`` are a rank's parts."""
 
+    live: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     files: Mapping[str, Sequence[str]]
     index: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, max_shard_size: str) -> "_Contents":
-        parameters: dict[str, ZeroParameter] = dict(model.named_parameters())
-        hollow = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
-        hollow |= {name: buffer.to("meta") for name, buffer in stored_buffers(model).items()}
-        plan = split_torch_state_dict_into_shards(hollow, max_shard_size=max_shard_size)
+    def of(cls, model: PreTrainedModel, max_shard_size: str, *, adapter_alone: bool) -> "_Contents":
+        live, pattern = (
+            _exported(model, adapter_alone=adapter_alone),
+            published(model, adapter_alone=adapter_alone).pattern,
+        )
+        hollow = _hollow(live)
+        plan = split_torch_state_dict_into_shards(hollow, filename_pattern=pattern, max_shard_size=max_shard_size)
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
-        return cls(hollow, plan.filename_to_tensors, index)
+        return cls(live, hollow, plan.filename_to_tensors, index)
 
     def layout(self, file: str) -> tuple[bytes, list[str]]:
         return safetensors_layout({name: self.tensors[name] for name in self.files[file]})
@@ -198,6 +227,7 @@ def _begin(
     tokenizer: Tokenizer,
     config: PretrainedConfig,
     card: str,
+    adapter_of: str | None,
 ) -> str | None:
     """Writes all but the weights, if there is space for those, too; returns why it cannot."""
     model, older = policy.model.model, folder.with_name(folder.name + _OLDER)
@@ -209,12 +239,9 @@ def _begin(
         shutil.rmtree(older, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if problem := lack_of_room(policy, folder):
+        if problem := lack_of_room(policy, folder, adapter_alone=adapter_of is not None):
             return problem
-        config.dtype = model.dtype
-        config.save_pretrained(aside)
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
+        save_configs(model, config, aside, adapter_of=adapter_of)
         tokenizer.save(aside)
         (aside / _CARD).write_text(card, encoding="utf-8")
         if contents.index is not None:
@@ -247,7 +274,7 @@ def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, wo
     problem = None
     for number, file in enumerate(contents.files):
         header, order = contents.layout(file)
-        tensors = _whole_tensors(model, order, world)
+        tensors = _whole_tensors(model, contents.live, order, world)
         if number % world.size == world.rank and problem is None:
             problem = _write(folder / file, header, tensors)
         # A rank that left here, or wrote no more, would leave the others in a collective.
@@ -256,14 +283,19 @@ def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, wo
     return problem
 
 
-def _whole_tensors(model: PreTrainedModel, names: Iterable[str], world: World) -> Iterator[Tensor]:
-    parameters, buffers = dict(model.named_parameters()), stored_buffers(model)
+def _whole_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], names: Iterable[str], world: World
+) -> Iterator[Tensor]:
+    layers = merging(model)
     for name in names:
-        if name in buffers:
-            yield buffers[name]
+        if name in layers:
+            with deepspeed.zero.GatheredParameters(list(layers[name].parameters())):
+                yield merged(layers[name])
+        elif isinstance(tensors[name], nn.Parameter):
+            with deepspeed.zero.GatheredParameters([tensors[name]]):
+                yield tensors[name].detach()
         else:
-            with deepspeed.zero.GatheredParameters([parameters[name]]):
-                yield parameters[name].detach()
+            yield tensors[name]
         world.trim_memory()  # else what each has left behind would add up to the model
         world.progressed()
 
@@ -282,8 +314,11 @@ def _write(path: Path, header: bytes, tensors: Iterator[Tensor]) -> str | None:
 
 def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> str | None:
     """Returns what of this rank's live weights the files do not hold, or why they should not be published."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(shard_of(parameter).values).all():
+    # What is merged exists in the files alone: the scores must speak for it.
+    layers = merging(model)
+    held = {name: part_held(tensor) for name, tensor in contents.live.items() if name not in layers}
+    for name, shard in held.items():
+        if not torch.isfinite(shard.values).all():
             return f"the weight {name} is not finite"
     try:
         for path, names in contents.files.items():
@@ -291,10 +326,12 @@ def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> st
                 if set(file.keys()) != set(names):
                     return f"{path} holds other tensors than it should"
                 for name in names:
-                    held, planned = file.get_tensor(name), contents.tensors[name]
-                    if (held.shape, held.dtype) != (planned.shape, planned.dtype):
-                        return f"{path} holds {name} as {held.dtype} {tuple(held.shape)}"
-        return difference_from_files(model, folder)
+                    found, planned = file.get_tensor(name), contents.tensors[name]
+                    if (found.shape, found.dtype) != (planned.shape, planned.dtype):
+                        return f"{path} holds {name} as {found.dtype} {tuple(found.shape)}"
+        return difference_of_shards(
+            held, {name: (str(folder / path), name) for path, names in contents.files.items() for name in names}
+        )
     except (OSError, SafetensorError) as error:
         return f"it cannot be read: {first_line(error)}"
 
@@ -326,12 +363,13 @@ def _write_checksums(aside: Path, folder: Path, world: World) -> None:
 
 def _other_scores(aside: Path, probe: Probe, expected: Tensor, dtype: torch.dtype, world: World) -> str | None:
     copy = initialize_reference(
-        str(aside),
+        probe.adapter_of or str(aside),
         world=world,
         config=probe.ds_config,
         dtype=dtype,
         attention=probe.attention,
         trust_remote_code=probe.trust_remote_code,
+        adapter=Adapter(path=str(aside)) if probe.adapter_of else None,
     )
     if probe.packed:
         share_prompts(copy.model.model)

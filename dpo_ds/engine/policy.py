@@ -38,7 +38,7 @@ class PolicyEngine:
         eps: float,
         weight_decay: float,
     ) -> None:
-        """Builds the engine with AdamW over all parameters, the learning rate set by every ``step``.
+        """Builds the engine with AdamW over all parameters that train, the learning rate set by every ``step``.
 
         Args:
             scorer: wraps a model whose weights are sharded already.
@@ -49,7 +49,7 @@ class PolicyEngine:
             weight_decay: decoupled decay of matrices; vectors (biases, norms) do not decay.
         """
         register_modules(scorer)
-        parameters: list[ZeroParameter] = list(scorer.parameters())
+        parameters: list[ZeroParameter] = [p for p in scorer.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
@@ -113,13 +113,15 @@ class PolicyEngine:
         return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel, attention
 
     @property
-    def parameters(self) -> int:
-        """How many there are, over all ranks."""
-        parameters: list[ZeroParameter] = list(self.model.parameters())
-        return sum(parameter.ds_numel for parameter in parameters)
+    def trained_parameters(self) -> int:
+        """How many train, over all ranks."""
+        return sum(parameter.ds_numel for _, parameter in self._trained())
+
+    def _trained(self) -> list[tuple[str, ZeroParameter]]:
+        return sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def fingerprint(self) -> str:
-        """Returns the digest of the weights as they are now."""
+        """Returns the digest of the weights as they are now, as ``shards.fingerprint`` says."""
         return fingerprint(self.model, self._world)
 
     def optimizer_fingerprint(self) -> str:
@@ -132,8 +134,7 @@ class PolicyEngine:
         return hashlib.sha256(repr((sorted(set(steps)), sums)).encode()).hexdigest()
 
     def _optimizer_shards(self, name: str | None) -> Iterator[Shard]:
-        parameters: list[tuple[str, ZeroParameter]] = sorted(self.model.named_parameters())
-        for _, parameter in parameters:
+        for _, parameter in self._trained():
             values = (
                 safe_get_local_fp32_param(parameter)
                 if name is None
@@ -158,7 +159,10 @@ class PolicyEngine:
         self.engine.checkpoint_engine = writer
         # Programs to read the shards with have no place among data, and rank 0 alone would fail to write them.
         self.engine._copy_recovery_script = lambda path: None
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        # What does not train is in the model's own files, and the fingerprint proves that it is the same.
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+        )
         self.engine.checkpoint_engine = writer.engine
         return writer.finish
 
@@ -175,7 +179,8 @@ class PolicyEngine:
         self.engine.empty_partition_cache()
         try:
             with _reading_without_executing(), self._reading_shards_of(saved_ranks, folder):
-                path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+                is_whole = all(parameter.requires_grad for parameter in self.model.parameters())
+                path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=is_whole)
         except (LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
             return first_line(error)
         if isinstance(self.engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):

@@ -1,9 +1,12 @@
-"""The reference: a second, inference-only ZeRO-3 engine with its own weights and config, frozen and proven so."""
+"""The reference: a second, inference-only ZeRO-3 engine with its own weights and config, frozen and proven so.
+
+Where an adapter trains, it may also be what the policy's engine computes without it.
+"""
 
 import gc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -17,7 +20,68 @@ from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.shards import Shard, ZeroParameter, fingerprint, register_modules, shard_of
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.models.adapters import as_reference
 from dpo_ds.models.scorer import Scorer
+
+
+class Reference(Protocol):
+    """What scores pairs with weights that never move. Every method is collective."""
+
+    fingerprint: str
+
+    @property
+    def model(self) -> Scorer: ...
+
+    def score(self, batch: PairBatch) -> Tensor: ...
+
+    def check(self) -> None: ...
+
+    def free(self) -> None: ...
+
+
+class AdapterReference:
+    """Scores pairs with what the policy's adapter began with: no second engine, no second copy of the weights."""
+
+    def __init__(self, policy: PolicyEngine, *, world: World) -> None:
+        """Takes the fingerprint.
+
+        Args:
+            policy: whose model has an adapter.
+            world: the ranks.
+        """
+        self._policy, self._world = policy, world
+        self.fingerprint = self._now()
+
+    @property
+    def model(self) -> Scorer:
+        """The policy's scorer."""
+        return self._policy.model
+
+    @torch.no_grad()
+    def score(self, batch: PairBatch) -> Tensor:
+        """Returns ``(2, pairs)``: summed log-probs of the chosen and of the rejected responses."""
+        with as_reference(self.model):
+            return self._policy.score(batch)
+
+    def check(self) -> None:
+        """Proves that the reference is still what it was.
+
+        Raises:
+            RunError: a weight of the base, or of the adapter's frozen copy, has moved.
+        """
+        _check_fingerprint(self._now(), self.fingerprint)
+
+    def free(self) -> None:
+        """Has no memory of its own to give back."""
+
+    def _now(self) -> str:
+        with as_reference(self.model):
+            return fingerprint(self.model, self._world)
+
+
+def _check_fingerprint(now: str, start: str) -> None:
+    if now != start:
+        raise RunError(f"the reference has moved: fingerprint {start[:12]} before, {now[:12]} now")
 
 
 class ReferenceEngine:
@@ -59,9 +123,7 @@ class ReferenceEngine:
         """
         if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
             raise RunError("the reference is not frozen: a parameter asks for gradients or the model is in train mode")
-        now = fingerprint(self.model, self._world)
-        if now != self.fingerprint:
-            raise RunError(f"the reference has moved: fingerprint {self.fingerprint[:12]} before, {now[:12]} now")
+        _check_fingerprint(fingerprint(self.model, self._world), self.fingerprint)
 
     def check_it_can_follow(self, policy: PolicyEngine) -> None:
         """Checks that each of its shards has its like among the policy's.

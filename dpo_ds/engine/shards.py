@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
+from dpo_ds.models.adapters import Adapter, attach, starts_at_zero, weights_at_work
 from dpo_ds.models.causal_lm import load_causal_lm
 from dpo_ds.models.hub import held
 from dpo_ds.models.scorer import Scorer
@@ -67,6 +68,11 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
+def part_held(tensor: Tensor) -> Shard:
+    """Returns this rank's part of a ZeRO-3 parameter, or all of a buffer."""
+    return shard_of(tensor) if isinstance(tensor, nn.Parameter) else _whole(tensor)
+
+
 def _whole(buffer: Tensor) -> Shard:
     return Shard(buffer.flatten(), 0, buffer.numel())
 
@@ -79,14 +85,18 @@ def load_sharded(
     attention: str,
     trust_remote_code: bool,
     world: World,
+    adapter: Adapter | None = None,
+    keeps_start: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model whose weights are sharded while they are read, and compares them with the files.
 
     Where the files' tensors are the model's weights, by name and shape, each rank reads its own parts of them alone.
-    Otherwise, as with experts that must be fused, rank 0 reads all of them and sends them to the others.
+    Otherwise, as with experts that must be fused, rank 0 reads all of them and sends them to the others. An adapter is
+    small: every rank draws or reads it whole, and keeps its shards.
 
     Raises:
-        UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says.
+        UserError: the checkpoint cannot be opened, or some weight is not what the checkpoint says, or the adapter does
+            not fit.
     """
     path, problem = held(path), None
     with _sharding_at_load(ds_config), _reading_parts(path, world) as ranks:
@@ -101,6 +111,14 @@ def load_sharded(
     if unsharded:
         raise RunError(f"{len(unsharded)} parameters of {path} were loaded without being sharded ({unsharded[0]} ...)")
     world.agree(difference_from_files(model, path))
+    if adapter is not None:
+        with _sharding_at_load(ds_config):
+            try:
+                attach(model, adapter, keeps_start=keeps_start)
+            except UserError as error:
+                problem = str(error)
+        world.agree(problem)
+        deepspeed.zero.Init(module=model, config_dict_or_path=dict(ds_config))
     return model
 
 
@@ -217,15 +235,27 @@ def register_modules(scorer: Scorer) -> None:
 
 
 def fingerprint(model: nn.Module, world: World) -> str:
-    """Returns a digest of all weights and buffers: of every bit and its place, but not of the number of ranks.
+    """Returns a digest of all weights at work and buffers: of every bit and its place, not of the number of ranks.
+
+    An adapter that changes nothing yet does not count, so that a model with one has its base's fingerprint.
 
     Each rank mixes each of its weights' bits with the weight's position and adds them up; sums of 64-bit integers wrap
     and commute, so they add over shards.
     """
-    shards = [shard_of(parameter) for _, parameter in sorted(model.named_parameters())]
+    own, added = weights_at_work(model)
+    if not _differs_from_zero([weight for name, weight in added.items() if starts_at_zero(name)], world):
+        added = {}
+    shards = [shard_of(parameter) for _, parameter in [*sorted(own.items()), *sorted(added.items())]]
     buffers = [_whole(buffer) for _, buffer in sorted(stored_buffers(model).items())]
     counted_once = [buffer if world.rank == 0 else buffer._replace(values=buffer.values[:0]) for buffer in buffers]
     return fingerprint_of([*shards, *counted_once], world)
+
+
+def _differs_from_zero(weights: Sequence[ZeroParameter], world: World) -> bool:
+    if not weights:
+        return False
+    values = (shard_of(weight).values.count_nonzero() for weight in weights)
+    return bool(world.sum(torch.stack([count.to(world.device) for count in values]).sum()))
 
 
 def fingerprint_of(shards: Iterable[Shard], world: World) -> str:
@@ -270,17 +300,34 @@ def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | Non
             )
     held = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
     held |= {name: _whole(buffer) for name, buffer in stored_buffers(model).items()}
-    for name, shard in held.items():
+    sources = {}
+    for name in held:
         stored = stored_name(model, name, files)
         if stored not in files:
             return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
-        with safe_open(files[stored], framework="pt") as file:
+        sources[name] = (files[stored], stored)
+    return difference_of_shards(held, sources)
+
+
+def difference_of_shards(held: Mapping[str, Shard], sources: Mapping[str, tuple[str, str]]) -> str | None:
+    """Compares shards with files bit for bit in their own dtype.
+
+    Args:
+        held: by name.
+        sources: of each name, a safetensors file and the name in there.
+
+    Returns:
+        None if they are equal, else one line that names the first that is not.
+    """
+    for name, shard in held.items():
+        path, stored = sources[name]
+        with safe_open(path, framework="pt") as file:
             size = math.prod(file.get_slice(stored).get_shape())
             if size != shard.whole:
                 return f"{path} holds {size} values for {name}, the model {shard.whole}"
             expected = part_of_file(file, stored, shard).to(shard.values.dtype)
         if not torch.equal(expected, shard.values.cpu()):
-            return f"the weight {name} differs from the file {files[stored]}; the load or the file is broken"
+            return f"the weight {name} differs from the file {path}; the load or the file is broken"
     return None
 
 
