@@ -20,7 +20,8 @@ from tests.test_run import Run, losses, rows_of_words
 from tests.test_run import run as run
 
 # What peft reads of a model.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [pytest.mark.ranks, quiet]
 
 LORA: dict[str, Any] = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 TRAIN = {"train": {"learning_rate": 1e-2}}
