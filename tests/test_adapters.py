@@ -20,8 +20,7 @@ from tests.test_run import Run, losses, rows_of_words
 from tests.test_run import run as run
 
 # What peft reads of a model.
-quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-pytestmark = [pytest.mark.ranks, quiet]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 LORA: dict[str, Any] = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 TRAIN = {"train": {"learning_rate": 1e-2}}
