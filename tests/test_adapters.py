@@ -130,8 +130,8 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_ends_as_one_that_w
     again, second = tmp_path / "again", trained / "out/checkpoints/step-00000002"
     exported = load_file(trained / "out/export/adapter_model.safetensors")
     values = sum(weight.numel() for weight in exported.values())
-    # Masters and two moments of the adapter; the base alone has five times as many values.
-    assert sum(file.stat().st_size for file in second.glob("*.pt")) < 12 * values + 2**18
+    # Masters and two moments of the adapter; the base's weights alone would be 140 kB more.
+    assert sum(file.stat().st_size for file in second.glob("*.pt")) < 12 * values + 2**16
     shutil.rmtree(again / "out")
     run_file = (again / "run.yaml").read_text().replace(str(trained), str(again))
     (again / "run.yaml").write_text(run_file)
