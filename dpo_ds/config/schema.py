@@ -390,6 +390,11 @@ def check(config: RunConfig) -> None:
             config.reference.sync_every is None or config.reference.mode == "engine",
             "null where reference.mode is not engine: no weights could move",
         ),
+        (
+            "reference.sync_every",
+            config.reference.sync_every is None or config.adapter is None,
+            "null where adapter is set: the reference has no such weights",
+        ),
         ("reference.sync_weight", 0 < config.reference.sync_weight <= 1, "> 0 and <= 1"),
         ("model.attention", config.model.attention == "auto" or train.layout != "packed", "auto where rows are packed"),
         (
