@@ -1,5 +1,6 @@
 """``launch/train.py``: from argv to a trained and exported model."""
 
+import atexit
 import errno
 import gc
 import json
@@ -157,11 +158,12 @@ def _refused(identity: Identity, error: UserError | RunError, folder: Path | Non
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """Ends this process behind the interpreter's back.
+    """Does what is registered for the end, and ends this process behind the interpreter's back.
 
     One of the process group's threads may still hold a tensor. Letting it go while the interpreter ends would abort
     the process, and the code would be 134: https://github.com/pytorch/pytorch/issues/190489.
     """
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

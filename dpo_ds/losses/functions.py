@@ -231,8 +231,8 @@ def beta_dpo_loss(logps: PairLogps, *, beta: float, beta_sensitivity: float, run
 
     ``b = (1 + beta_sensitivity (mean(beta * margin) - M_0)) beta``, a constant for the gradient and at least
     ``beta / 100``, with ``M_0`` the margins' running mean, which forgets a tenth a step: Wu et al. 2024,
-    arXiv:2407.08639, ``beta_sensitivity`` being the paper's alpha. The paper's choice of pairs, which drops some at
-    random, is left out.
+    arXiv:2407.08639, ``beta_sensitivity`` being the paper's alpha; the authors' code leaves ``beta`` out of the mean.
+    The paper's choice of pairs, which drops some at random, is left out.
     """
     excess = beta * logps.margins.detach().mean() - running
     dynamic = beta * (1 + beta_sensitivity * excess).clamp(min=0.01)
@@ -242,6 +242,6 @@ def beta_dpo_loss(logps: PairLogps, *, beta: float, beta_sensitivity: float, run
 def cal_dpo_loss(logps: PairLogps, *, beta: float) -> Tensor:
     """Cal-DPO: ``-log sigmoid(margin) + (h_c - 1 / (2 beta))^2 + (h_r + 1 / (2 beta))^2``.
 
-    Xiao et al. 2024, arXiv:2412.14516. The preference's term has no beta.
+    Xiao et al. 2024, arXiv:2412.14516. The preference's term has no beta. The authors' code counts the squares by half.
     """
     return -F.logsigmoid(logps.margins) + sppo_hard_loss(logps, beta=beta)
