@@ -471,6 +471,29 @@ def test_alpha_divergences_meet_their_limits():
     torch.testing.assert_close(losses("alpha_divergence", 1 + 1e-9), losses("reverse_kl", 0.5), rtol=1e-7, atol=0)
 
 
+def test_an_alpha_divergence_is_the_papers_of_one_less_alpha():
+    # Wang et al. 2023: f'(t) = (1 - t^-a) / a.
+    losses = Objective("sigmoid", beta=0.3, divergence="alpha_divergence", divergence_alpha=0.8)(pair_logps()).losses
+    rewards = [[(1 - math.exp(-0.2 * h)) / 0.2 for h in (row[0] - row[2], row[1] - row[3])] for row in PAIRS]
+    assert_losses(losses, [softplus(-0.3 * (chosen - rejected)) for chosen, rejected in rewards])
+
+
+def test_what_averages_over_tokens_is_known():
+    assert not Objective("sigmoid", add={"dpop": 1.0}).averages
+    assert Objective("ipo").averages
+    assert not Objective("ipo", reduction="sum").averages
+    assert Objective("sigmoid", add={"sft": 1.0}).averages
+    assert Objective("cpo").averages
+    assert Objective("sigmoid", weighting="wpo").averages
+
+
+def test_a_longer_chosen_response_needs_less_of_a_margin_with_a_length_penalty():
+    # Else the penalty would be a bonus: where lengths alone differ, a longer chosen response teaches less.
+    rows = [(-9.0, -9.0, -9.0, -9.0, tokens, 5) for tokens in (3, 5, 9)]
+    losses = Objective("r_dpo", beta=0.3, parameters={"length_penalty": 0.1})(pair_logps(rows)).losses
+    assert_losses(losses, [softplus(0.2), math.log(2), softplus(-0.4)])
+
+
 def test_wpo_weighs_pairs_by_their_likelihood_without_a_gradient():
     plain, weighted = (Objective("sigmoid", beta=0.3, weighting=weighting) for weighting in ("none", "wpo"))
     weights = [math.exp(row[0] / row[4] + row[1] / row[5]) for row in PAIRS]
@@ -498,6 +521,7 @@ REFUSED = {
     "another divergence of means": ({"reduction": "mean", "divergence": "forward_kl"}, "must be reverse_kl for mean"),
     "an unknown divergence": ({"divergence": "kl"}, "divergence must be one of reverse_kl, .*, got 'kl'"),
     "weighted quantiles": ({"type": "aot", "weighting": "wpo"}, "weighting must be none for the aot loss"),
+    "a mean of rewards without a reference": ({"type": "cpo", "add": {"bco_pair": 1.0}}, "add must not hold bco_pair"),
     "a mean of other rewards": ({"type": "sigmoid_norm", "add": {"bco_pair": 1.0}}, "add must not hold bco_pair"),
 }
 
@@ -514,6 +538,8 @@ def test_a_sum_knows_the_labels_that_all_of_its_losses_know():
     assert Objective("sigmoid", add={"sft": 1.0}).takes_margins
     assert not Objective("sigmoid", add={"bco_pair": 1.0}).takes_soft_labels
     assert not Objective("sigmoid", add={"bco_pair": 1.0}).takes_margins
+    # It compares two responses, and would do so as if the label were certain.
+    assert not Objective("sigmoid", add={"orpo": 1.0}).takes_soft_labels
     assert not Objective("sigmoid", add={"aot": 1.0}).takes_weights
     with pytest.raises(ValueError, match=r"the sigmoid \+ aot loss knows no weights of pairs"):
         Objective("sigmoid", add={"aot": 1.0})(pair_logps(), labels=given(weights=WEIGHTS))

@@ -344,10 +344,7 @@ def _check_loss(config: RunConfig) -> None:
             f"train.pairs_per_step must be >= 2 for the {named} loss, which compares the pairs "
             f"of a step with each other, got {config.train.pairs_per_step}"
         )
-    if loss.ld_alpha is not None and any(
-        (objective.own_reduction if name == loss.type else term.reduction) == "mean"
-        for name, term in objective.losses.items()
-    ):
+    if loss.ld_alpha is not None and objective.averages:
         raise UserError(
             f"loss.ld_alpha must be null where log-probs are averaged over tokens, got {loss.ld_alpha}: their lengths "
             "are out of it already"

@@ -39,7 +39,7 @@ def robust_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Tenso
 
 
 def hinge_loss(logps: PairLogps, *, beta: float) -> Tensor:
-    """SLiC hinge on the DPO margin: ``max(0, 1 - beta * margin)``, Liu et al. 2023 (RSO), eq. 10, arXiv:2309.06657."""
+    """SLiC hinge on the DPO margin: ``max(0, 1 - beta * margin)``, Liu et al. 2023 (RSO), arXiv:2309.06657."""
     return F.relu(1 - beta * logps.margins)
 
 
@@ -56,7 +56,7 @@ def exo_pair_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Ten
     """EXO: the reverse KL from the policy's preference to the label's, which is ``(1 - e, e)``.
 
     ``p log(p / (1 - e)) + (1 - p) log((1 - p) / e)`` with ``p = sigmoid(beta * margin)``, Ji et al. 2024, eq. 16,
-    arXiv:2402.00856.
+    arXiv:2402.00856. The authors' code has 1 in the place of ``1 - e``.
     """
     logits = beta * logps.margins
     wrong = torch.as_tensor(label_smoothing, dtype=logits.dtype, device=logits.device)
@@ -78,7 +78,7 @@ def bco_pair_loss(logps: PairLogps, *, beta: float, running: float) -> Tensor:
     """BCO on pairs: ``-log sigmoid(beta h_c - d) - log sigmoid(d - beta h_r)``, Jung et al. 2024, arXiv:2404.04656.
 
     The shift ``d`` is the mean reward of all responses so far, those of earlier steps only: at the first step, where
-    they are 0 anyway, it is 0.
+    they are 0 anyway, it is 0. TRL's BCO trainer counts the present step in, too.
     """
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     return -F.logsigmoid(chosen - running) - F.logsigmoid(running - rejected)
@@ -101,7 +101,7 @@ def aot_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Tensor) 
     """AOT on pairs: the policy's sorted differences of log-probs against the reference's sorted differences.
 
     ``-log sigmoid(beta (sort(log pi_c - log pi_r) - sort(log pi_ref,c - log pi_ref,r)))``, smoothed as DPO is: Melnyk
-    et al. 2024, section 3, arXiv:2406.05882. The pairs are all of a step, and an entry of the result is a quantile of
+    et al. 2024, arXiv:2406.05882. The pairs are all of a step, and an entry of the result is a quantile of
     theirs.
     """
     policy = (logps.policy_chosen - logps.policy_rejected).sort(stable=True).values
@@ -112,7 +112,7 @@ def aot_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Tensor) 
 def aot_unpaired_loss(logps: PairLogps, *, beta: float, label_smoothing: float | Tensor) -> Tensor:
     """AOT without pairs: sorted log-ratios of the chosen responses against those of the rejected ones.
 
-    ``-log sigmoid(beta (sort(h_c) - sort(h_r)))``, smoothed as DPO is: Melnyk et al. 2024, section 3,
+    ``-log sigmoid(beta (sort(h_c) - sort(h_r)))``, smoothed as DPO is: Melnyk et al. 2024,
     arXiv:2406.05882. As for ``aot_loss``, the pairs are all of a step.
     """
     chosen, rejected = (h.sort(stable=True).values for h in (logps.chosen_logratios, logps.rejected_logratios))
@@ -149,7 +149,7 @@ def discopop_loss(logps: PairLogps, *, beta: float, tau: float) -> Tensor:
 def simpo_loss(logps: PairLogps, *, beta: float, gamma: float) -> Tensor:
     """SimPO: ``-log sigmoid(beta (log pi_c / n_c - log pi_r / n_r) - gamma)``, without a reference.
 
-    Meng et al. 2024, eq. 6, arXiv:2405.14734.
+    Meng et al. 2024, arXiv:2405.14734. The authors' code asks for ``gamma / beta`` in the place of ``gamma``.
     """
     return -F.logsigmoid(beta * (logps.policy_chosen - logps.policy_rejected) - gamma)
 
@@ -158,8 +158,8 @@ def orpo_loss(logps: PairLogps, *, beta: float) -> Tensor:
     """ORPO: the chosen response's loss a token less ``beta log sigmoid`` of the log odds ratio, without a reference.
 
     ``-l_c - beta log sigmoid(log odds(l_c) - log odds(l_r))`` with ``l = log pi / n`` and
-    ``log odds(l) = l - log(1 - exp(l))``, Hong et al. 2024, eqs. 6 and 7, arXiv:2403.07691; ``beta`` is the paper's
-    lambda.
+    ``log odds(l) = l - log(1 - exp(l))``, Hong et al. 2024, eq. 7, arXiv:2403.07691; ``beta`` is the paper's lambda.
+    In the authors' code the first term can hold the prompt's tokens, too.
     """
     chosen, rejected = logps.policy_chosen, logps.policy_rejected
     return -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
@@ -174,7 +174,8 @@ def _log_odds(logps: Tensor) -> Tensor:
 def cpo_loss(logps: PairLogps, *, beta: float, cpo_alpha: float) -> Tensor:
     """CPO: ``-log sigmoid(beta (log pi_c - log pi_r)) - cpo_alpha log pi_c / n_c``, without a reference.
 
-    Xu et al. 2024, arXiv:2401.08417. The second term is the mean over tokens, as in the authors' code.
+    Xu et al. 2024, arXiv:2401.08417. The second term is a mean over a response's tokens; in the authors' code it is
+    one over those of all chosen responses of a micro-batch, of which long ones are a larger share.
     """
     return -F.logsigmoid(beta * (logps.policy_chosen - logps.policy_rejected)) + cpo_alpha * sft_loss(logps)
 
@@ -231,8 +232,9 @@ def beta_dpo_loss(logps: PairLogps, *, beta: float, beta_sensitivity: float, run
 
     ``b = (1 + beta_sensitivity (mean(beta * margin) - M_0)) beta``, a constant for the gradient and at least
     ``beta / 100``, with ``M_0`` the margins' running mean, which forgets a tenth a step: Wu et al. 2024,
-    arXiv:2407.08639, ``beta_sensitivity`` being the paper's alpha; the authors' code leaves ``beta`` out of the mean.
-    The paper's choice of pairs, which drops some at random, is left out.
+    arXiv:2407.08639, ``beta_sensitivity`` being the paper's alpha. The authors' code leaves ``beta`` out of the means,
+    so that its ``a`` is ``beta_sensitivity * beta`` here, counts the present step into ``M_0``, and has 0.001 as its
+    bound. The paper's choice of pairs, which drops some at random, is left out.
     """
     excess = beta * logps.margins.detach().mean() - running
     dynamic = beta * (1 + beta_sensitivity * excess).clamp(min=0.01)

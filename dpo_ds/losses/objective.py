@@ -44,11 +44,13 @@ class Loss:
     Attributes:
         function: the loss of each pair, ``(pairs,)``, from ``PairLogps`` and the keywords that the next fields name.
         reduction: how it takes a response's log-probs.
+        has_mean_term: whether a part of it averages over tokens, whatever the reduction.
         takes_beta: whether the equation has a beta.
         smooths_labels: whether it knows labels that are wrong with some probability, one for all pairs.
         needs_smoothing: whether that probability must not be 0.
         takes_soft_labels: whether each pair may have such a probability of its own.
         takes_margins: whether it compares ``beta * margin`` with a bound that a pair's own margin may shift.
+        compares_nothing: whether it sees the chosen response alone, so that no label says anything to it.
         compares_margins: whether it sees log-ratios as their difference only, so that another divergence may give it.
         needs_reference: whether the reference's log-probs are in the equation.
         needs_whole_step: whether a pair's loss depends on the other pairs of its step.
@@ -61,11 +63,13 @@ class Loss:
 
     function: Callable[..., Tensor]
     reduction: Reduction = "sum"
+    has_mean_term: bool = False
     takes_beta: bool = True
     smooths_labels: bool = False
     needs_smoothing: bool = False
     takes_soft_labels: bool = False
     takes_margins: bool = False
+    compares_nothing: bool = False
     compares_margins: bool = False
     needs_reference: bool = True
     needs_whole_step: bool = False
@@ -99,14 +103,14 @@ LOSSES: dict[str, Loss] = {
     "discopop": _dpo_like(functions.discopop_loss, parameters={"tau": 0.05}, positive=("tau",)),
     "simpo": Loss(functions.simpo_loss, "mean", takes_margins=True, needs_reference=False, parameters={"gamma": 0.5}),
     "orpo": Loss(functions.orpo_loss, "mean", needs_reference=False),
-    "cpo": Loss(functions.cpo_loss, needs_reference=False, parameters={"cpo_alpha": 1.0}),
+    "cpo": Loss(functions.cpo_loss, has_mean_term=True, needs_reference=False, parameters={"cpo_alpha": 1.0}),
     "slic": Loss(
         functions.slic_loss,
         takes_beta=False,
         needs_reference=False,
         parameters={"slic_delta": 1.0, "slic_lambda": 1.0},
     ),
-    "sft": Loss(functions.sft_loss, "mean", takes_beta=False, needs_reference=False),
+    "sft": Loss(functions.sft_loss, "mean", takes_beta=False, compares_nothing=True, needs_reference=False),
     "dpop": Loss(functions.dpop_loss, parameters={"dpop_lambda": 50.0}),
     "chi_po": Loss(functions.chi_po_loss, parameters={"chi_clip": 10.0}, positive=("chi_clip",)),
     "r_dpo": Loss(functions.r_dpo_loss, takes_margins=True, parameters={"length_penalty": 0.01}),
@@ -130,7 +134,7 @@ class Objective:
         add: further losses and their weights; that of ``type`` is 1. Each takes log-probs in its own reduction, and
             beta, smoothing and divergence as far as it knows them.
         divergence: which f-divergence from the reference is bounded, as ``PairLogps.under`` says.
-        divergence_alpha: the alpha of ``alpha_divergence``.
+        divergence_alpha: the alpha of ``alpha_divergence``, of which the paper's own is ``1 - alpha``.
         weighting: ``wpo`` multiplies each pair's loss by how likely its two responses are to the policy,
             ``exp(log pi_c / n_c + log pi_r / n_r)``, a constant for the gradient: Zhou et al. 2024, eq. 2,
             arXiv:2406.11827, without the alignment by the most likely tokens.
@@ -167,10 +171,11 @@ class Objective:
                     f"of two rewards can be one under another divergence, as in "
                     f"{', '.join(known for known, other in LOSSES.items() if other.compares_margins)}"
                 )
-            if name != self.type and loss.running and loss.reduction != self.own_reduction:
+            is_alike = loss.reduction == self.own_reduction and LOSSES[self.type].needs_reference
+            if name != self.type and loss.running and not is_alike:
                 raise ValueError(
                     f"add must not hold {name} beside {self.type}: its running mean is one of rewards of "
-                    f"{loss.reduction} log-probs, and those of {self.type} are others"
+                    f"{loss.reduction} log-probs over a reference's, and those of {self.type} are others"
                 )
         if self.divergence != "reverse_kl" and not LOSSES[self.type].compares_margins:
             raise ValueError(f"divergence must be reverse_kl for the {self.type} loss, got {self.divergence!r}")
@@ -226,18 +231,25 @@ class Objective:
         return any(loss.needs_whole_step for loss in self.losses.values())
 
     @property
+    def averages(self) -> bool:
+        """Whether log-probs are averaged over tokens, in any term or in what weighs the pairs."""
+        reductions = [self.own_reduction, *(LOSSES[name].reduction for name in self.add)]
+        return (
+            "mean" in reductions or self.weighting == "wpo" or any(loss.has_mean_term for loss in self.losses.values())
+        )
+
+    @property
     def takes_soft_labels(self) -> bool:
         """Whether the data may say how probably a label is right."""
-        # What knows no labels at all, as an SFT term, is the same for any.
         return LOSSES[self.type].takes_soft_labels and all(
-            loss.takes_soft_labels or not loss.needs_reference for loss in self.losses.values()
+            loss.takes_soft_labels or loss.compares_nothing for loss in self.losses.values()
         )
 
     @property
     def takes_margins(self) -> bool:
         """Whether the data may say by how much the chosen reward has to be the larger."""
         return LOSSES[self.type].takes_margins and all(
-            loss.takes_margins or name == "sft" for name, loss in self.losses.items()
+            loss.takes_margins or loss.compares_nothing for loss in self.losses.values()
         )
 
     @property
@@ -279,7 +291,7 @@ class Objective:
         A soft label ``p`` makes the loss ``p l(x) + (1 - p) l(-x)``, which label smoothing ``e`` does for all pairs
         with ``p = 1 - e``; where both are given, the label is wrong where one of the two is: ``p (1 - e) + (1 - p) e``
         takes the place of ``p``. A margin ``m`` is subtracted from ``x = beta * margin``: Touvron et al. 2023
-        (Llama 2), eq. 2, arXiv:2307.09288, for reward models, and for DPO the offset of Amini et al. 2024,
+        (Llama 2), arXiv:2307.09288, for reward models, and for DPO the offset of Amini et al. 2024,
         arXiv:2402.10571. The hinge becomes ``max(0, 1 + m - beta * margin)``.
 
         Args:

@@ -78,7 +78,7 @@ class PairLogps:
         Wang et al. 2023, arXiv:2309.16240. With ``t = pi / pi_ref`` it is ``log t`` for the
         reverse KL, ``1 - 1/t`` for the forward KL, ``log(2t / (1 + t))`` for Jensen and Shannon's, and
         ``(t^(alpha - 1) - 1) / (alpha - 1)`` for an alpha-divergence, which tends to ``log t`` for ``alpha`` to 1 and
-        is the forward KL's for ``alpha = 0``.
+        is the forward KL's for ``alpha = 0``; the paper's own alpha is ``1 - alpha``.
         """
         if divergence == "reverse_kl":
             return self

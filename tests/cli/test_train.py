@@ -163,6 +163,11 @@ CASES = {
         ["--loss.ld_alpha", "0.5", "--loss.add", '{"sft": 1.0}'],
         "loss.ld_alpha must be null where log-probs are averaged over tokens, got 0.5",
     ),
+    "discounted weights of likelihood": (
+        no_preparation,
+        ["--loss.ld_alpha", "0.5", "--loss.weighting", "wpo"],
+        "loss.ld_alpha must be null where log-probs are averaged over tokens, got 0.5",
+    ),
     "a divergence from nothing": (
         no_preparation,
         ["--loss.divergence", "js_divergence", "--reference.mode", "none"],
