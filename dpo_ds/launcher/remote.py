@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from dpo_ds.errors import UserError
@@ -70,16 +71,27 @@ def _read(line: bytes) -> NodeJob:
 
 
 def _obey(agent: Agent, silence_s: float) -> None:
-    orders = sys.stdin.fileno()
-    while select.select([orders], [], [], silence_s)[0]:
-        told = os.read(orders, 4096)
-        if not told:
-            break
-        for number in map(int, told.split()):
-            if number:
-                agent.ask(number)
+    for number in orders_from(sys.stdin.fileno(), silence_s=silence_s):
+        if number:
+            agent.ask(number)
     # Whoever started the job is gone, or the network between us.
     agent.ask(signal.SIGTERM)
+
+
+def orders_from(told: int, *, silence_s: float) -> Iterator[int]:
+    """Yields the numbers that come from a descriptor, a line each.
+
+    Args:
+        told: the descriptor; its end is the end.
+        silence_s: seconds of silence that are the end, too.
+    """
+    begun = b""
+    while select.select([told], [], [], silence_s)[0]:
+        if not (piece := os.read(told, 4096)):
+            return
+        # A read may end in the middle of a number, whose digits are other signals.
+        *lines, begun = (begun + piece).split(b"\n")
+        yield from map(int, lines)
 
 
 if __name__ == "__main__":
