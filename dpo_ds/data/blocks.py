@@ -37,7 +37,7 @@ class BlockSchedule:
     """What every optimizer step holds, where rows are tokenized block by block.
 
     A block serves as many whole steps as it has pairs at least, when as many of its rows are dropped as are allowed:
-    how many pairs it has in fact is not known before it was tokenized. Each epoch takes other ones of them.
+    how many pairs it has in fact is not known before it was tokenized. Shuffled, each epoch takes other ones of them.
 
     Attributes:
         rows: of all sources.

@@ -52,7 +52,8 @@ def _of_file(path: Path, columns: Columns, *, folder: Path) -> Rows:
     elif builder_of(path) == "parquet":
         rows = _of_parquet(path, columns)
     elif builder_of(path) == "arrow":
-        rows = _of_tables(str(path), columns, _arrow_table(path).slice, len(_arrow_table(path)))
+        table = _arrow_table(path)
+        rows = _of_tables(str(path), columns, table.slice, len(table))
     else:
         raise UserError(
             f"data.streaming reads a file from any row on, which CSV and JSON in one list do not allow: {path}; "

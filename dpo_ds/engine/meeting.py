@@ -204,10 +204,7 @@ class Meeting:
                 time.sleep(_POLL_S)
                 if self._identity.rank == 0 and time.monotonic() > said + _SILENT_S:
                     said = time.monotonic()
-                    if absent := [
-                        rank for rank in range(self._identity.size) if not self.store.check([f"here/{rank}"])
-                    ]:
-                        self._say(f"still waiting for ranks {', '.join(map(str, absent))}")
+                    self._name_the_absent()
 
     def _name_the_absent(self) -> None:
         absent = [str(rank) for rank in range(self._identity.size) if not self.store.check([f"here/{rank}"])]
