@@ -157,7 +157,13 @@ def push_to_hub(inputs: Inputs) -> None:
         hub = HfApi(token=token)
         if not hub.repo_exists(repository):
             hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by dpo_ds")
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Export by dpo_ds",
+            # What an earlier export had otherwise would be loaded beside this one, or in its place.
+            delete_patterns=["model*.safetensors", "model.safetensors.index.json", "adapter_*"],
+        )
     except Exception as error:  # the model is safe, and which library speaks HTTP is the hub's affair
         print(f"warning: {repository} was not pushed ({first_line(error)}); {again}", file=sys.stderr, flush=True)
         return

@@ -4,11 +4,11 @@ Cells come out as `datasets` would give them, by its own words on the files' typ
 """
 
 import hashlib
-import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from dpo_ds.data.rows import (
     one_line,
 )
 from dpo_ds.errors import UserError
+from dpo_ds.files import write_whole
 
 _ROWS_PER_READ = 1000
 
@@ -150,9 +151,9 @@ def _index(path: Path, folder: Path) -> LineIndex:
         return LineIndex(int(rows), np.array(marks))
     index = index_lines(path)
     folder.mkdir(parents=True, exist_ok=True)
-    written = folder / f".{uuid.uuid4().hex}.npy"
+    written = BytesIO()
     np.save(written, np.concatenate([np.array([[index.rows, 0]], dtype=np.int64), index.marks]))
-    written.rename(file)
+    write_whole(file, written.getvalue())
     return index
 
 
