@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,7 @@ def test_wandb_hears_of_every_step_once_under_one_name(tmp_path, bare_wandb):
     size, run_id = died.stdout.split()
     wait_until(lambda: not processes_of(tmp_path))
     first = next((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
+    time.sleep(1)  # wandb names an offline run by its second
     tracker = open_tracker(tmp_path, wandb="offline", project="p", config={}, behind=Mark(int(size), run_id))
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
     for step in (3, 4, 5, 6):
