@@ -4,6 +4,7 @@
 """
 
 import argparse
+import atexit
 import functools
 import json
 import os
@@ -81,13 +82,17 @@ def main() -> None:
 
     from dpo_ds.cli.train import main as train
 
+    atexit.register(_write, observed, args.observed)
     train(rest)
+
+
+def _write(observed: Observed, folder: Path) -> None:
     found = {
         "collectives": [asdict(collective) for collective in observed.collectives],
         "micro_batches": observed.micro_batches,
         "plan_seconds": observed.plan_seconds,
     }
-    (args.observed / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
+    (folder / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
 
 
 def plan_in_order(pairs: Iterable[int], *, rows: Rows, ranks: int, tokens_per_micro_batch: int) -> Plan:

@@ -55,7 +55,7 @@ def start(
     *,
     trains: bool = True,
 ) -> None:
-    """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says.
+    """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says; a dry run returns.
 
     Args:
         argv: the arguments behind the script's name.
@@ -102,6 +102,7 @@ def start(
             print(inputs.plan, flush=True)
         leave = _leave_at_once
         work(inputs, identity, meeting, request)
+        leave(0)
     except PeerError:
         time.sleep(_HEAD_START_S)
         leave(2)
@@ -160,8 +161,9 @@ def _refused(identity: Identity, error: UserError | RunError, folder: Path | Non
 def _leave_at_once(code: int) -> NoReturn:
     """Does what is registered for the end, and ends this process behind the interpreter's back.
 
-    One of the process group's threads may still hold a tensor. Letting it go while the interpreter ends would abort
-    the process, and the code would be 134: https://github.com/pytorch/pytorch/issues/190489.
+    One of the process group's threads may still hold a tensor, even of a group that was destroyed. Letting it go while
+    the interpreter ends would abort the process, and the code would be 134:
+    https://github.com/pytorch/pytorch/issues/190489.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
