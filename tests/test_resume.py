@@ -80,6 +80,12 @@ def record(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def steps_taken(folder: Path) -> int:
+    """The whole lines of a run's metrics.jsonl; who reads while another writes may see half of one."""
+    file = folder / "out/metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "out/checkpoints").iterdir())
 

@@ -18,7 +18,7 @@ from tests.cluster.conftest import EVERY, STEPS
 from tests.cluster.nodes import Nodes, why_not
 from tests.cluster.telling import TELLING, TORTURE, told
 from tests.ranks import REPOSITORY
-from tests.test_resume import record
+from tests.test_resume import record, steps_taken
 
 pytestmark = [pytest.mark.multinode, pytest.mark.ranks, needs(why_not())]
 
@@ -81,10 +81,6 @@ def expect_told(folder: Path, *odd: str, inherited: str | None = TORTURE) -> Non
         arguments = ["--config", str(folder / "run.yaml"), *odd]
         assert told(folder, rank) == {"arguments": arguments, "inherited": inherited, "of the run file": TORTURE}
         (folder / f"told-{rank}.json").unlink()
-
-
-def steps_taken(folder: Path) -> int:
-    return len(record(folder)) if (folder / "out/metrics.jsonl").exists() else 0
 
 
 def test_over_ssh_a_job_outlives_all_that_ends_it(nodes, folder, calm):

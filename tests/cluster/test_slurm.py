@@ -14,7 +14,7 @@ from tests.cluster import needs
 from tests.cluster.slurm import Slurm, why_not
 from tests.cluster.telling import TELLING, TORTURE, told
 from tests.ranks import REPOSITORY
-from tests.test_resume import record
+from tests.test_resume import record, steps_taken
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ranks, needs(why_not())]
 
@@ -57,10 +57,6 @@ def wait_for(is_so: Callable[[], bool], timeout_s: float = 120) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def steps_taken(folder: Path) -> int:
-    return len(record(folder)) if (folder / "out/metrics.jsonl").exists() else 0
 
 
 def test_a_job_is_preempted_requeued_and_ends_as_one_that_nobody_disturbed(slurm, folder, calm):
