@@ -263,13 +263,14 @@ class Trainer:
         references = self._step_reference_logps(among, plan, batches)
         clock.lap("seconds/reference")
         tally = Tally(self._world.device)
-        losses = []
+        suspects = []
         self._engines.policy.model.train()
         for batch, (loss, logps, surrogate) in zip(batches, self._judged(plan, batches, references), strict=True):
             self._engines.policy.backward(surrogate / pairs)
             self._add(tally, loss, logps, batch.weights)
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
-            losses.append(loss.losses.detach())
+            # A loss of the whole step has no loss of a pair of its own to blame.
+            suspects.append(logps.margins.detach() if self._objective.needs_whole_step else loss.losses.detach())
         clock.lap("seconds/policy")
         for name in ("seconds/reference", "seconds/policy"):
             tally.add(name, clock.laps[name])
@@ -277,7 +278,7 @@ class Trainer:
         means, sums = tally.means(packed), tally.sums(packed)
         clock.lap("seconds/wait")
         if not math.isfinite(means["loss"]):
-            self._stop_at_loss(step, among, plan, losses)
+            self._stop_at_loss(step, among, plan, suspects)
         rate = learning_rate(
             step,
             steps=self._train.steps,
@@ -554,10 +555,10 @@ class Trainer:
         add_pairs(tally, loss, logps, weights=weights)
         add_diagnostics(tally, loss, logps, weights=weights, has_logratios=self._has_logratios)
 
-    def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, losses: Sequence[Tensor]) -> NoReturn:
+    def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, suspects: Sequence[Tensor]) -> NoReturn:
         mine = [
             pair
-            for micro_batch, values in zip(plan[self._world.rank], losses, strict=True)
+            for micro_batch, values in zip(plan[self._world.rank], suspects, strict=True)
             for pair, value in zip(micro_batch.pairs, values.tolist(), strict=True)
             if micro_batch.weight and not math.isfinite(value)
         ]
@@ -570,8 +571,8 @@ class Trainer:
         """Ends the run before anything that is not finite reaches weights or a checkpoint."""
         named = ", ".join([*(among.where(int(pair)) for pair in pairs[:8]), *["..."] * (len(pairs) > 8)])
         raise RunError(
-            f"step {step}: {what} for {len(pairs)} pairs ({named}); the weights are those before the step, "
-            f"{self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"
+            f"step {step}: {what} for {len(pairs)} pair{'s' * (len(pairs) > 1)} ({named}); the weights are those "
+            f"before the step, {self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"
         )
 
 

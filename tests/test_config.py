@@ -407,6 +407,7 @@ def test_an_adapter_is_read_and_written_back(parse, tmp_path):
     [
         (["--reference.sync_every", "3", "--reference.mode", "none"], "sync_every must be null where reference.mode"),
         (["--reference.sync_every", "3", "--adapter", "{r: 4}"], "sync_every must be null where adapter is set"),
+        (["--reference.sync_every", "1"], "sync_every must be above 1 where reference.sync_weight is 1: the reference"),
         (["--adapter", "true"], r"adapter must be \{r, alpha, .*path\}, or null, got true"),
         (["--adapter", "{rank: 4}"], "adapter: unknown key rank; did you mean"),
         (["--adapter", "{use_dorra: true}"], "adapter: unknown key use_dorra; did you mean use_dora"),

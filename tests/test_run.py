@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.data.small_tokenizer import small_tokenizer
@@ -355,6 +357,22 @@ def test_a_run_that_diverges_stops_all_ranks_with_the_step_and_the_pairs_named(r
     # Unshuffled, the second step holds rows 5 to 8.
     assert all(f"pairs.jsonl row {row}" in errors[0] for row in (5, 6, 7, 8))
     assert not (out / "export").exists()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "aot"])
+def test_the_pairs_that_are_named_are_those_to_blame(run, tiny_chat, tmp_path_factory, loss):
+    policy = tmp_path_factory.mktemp("broken")
+    shutil.copytree(tiny_chat, policy, dirs_exist_ok=True)
+    rows = rows_of_words(8)
+    rows[2]["chosen"] += "~ so"
+    (bad,) = AutoTokenizer.from_pretrained(policy)("~", add_special_tokens=False)["input_ids"]
+    weights = load_file(policy / "model.safetensors")
+    weights["model.embed_tokens.weight"][bad] = float("inf")
+    save_file(weights, policy / "model.safetensors", metadata={"format": "pt"})
+    models = {"policy": str(policy), "reference": str(tiny_chat)}
+    finished, _ = run(2, rows=rows, model=models, loss={"type": loss})
+    assert "step 1: the loss is not finite for 1 pair (" in finished.errors[0], finished.errors
+    assert "pairs.jsonl row 3)" in finished.errors[0]
 
 
 def test_real_pairs_and_a_real_model_generalise(run, material):

@@ -186,7 +186,9 @@ class ReferenceConfig:
     sync_every: int | None = _key(
         None, "steps after which the reference takes in the policy's weights (TR-DPO); null: it never moves"
     )
-    sync_weight: float = _key(1.0, "part of the way that it then goes: 1 all of it, the hard update")
+    sync_weight: float = _key(
+        1.0, "part of the way that it then goes: 1 all of it, the hard update; in bfloat16 small parts round to nothing"
+    )
     cache_dir: str | None = _key(None, "folder of cached log-probs, for several runs; null: output_dir/reference")
 
 
@@ -394,6 +396,11 @@ def check(config: RunConfig) -> None:
             "reference.sync_every",
             config.reference.sync_every is None or config.adapter is None,
             "null where adapter is set: the reference has no such weights",
+        ),
+        (
+            "reference.sync_every",
+            config.reference.sync_every != 1 or config.reference.sync_weight != 1,
+            "above 1 where reference.sync_weight is 1: the reference would always be the policy",
         ),
         ("reference.sync_weight", 0 < config.reference.sync_weight <= 1, "> 0 and <= 1"),
         ("model.attention", config.model.attention == "auto" or train.layout != "packed", "auto where rows are packed"),

@@ -391,16 +391,18 @@ class Checkpoints:
         saved = read_saved(checkpoint)
         check_origin(checkpoint, saved.origin, self._origin, allowed=allowed)
         problem = self._policy.load(checkpoint, saved_ranks=saved.world_size)
-        if self._reference is not None and saved.reference is not None:
-            problem = problem or self._reference.restore(checkpoint, saved_ranks=saved.world_size)
+        moving = self._reference if saved.reference is not None else None
+        if moving and problem is None:
+            problem = moving.restore(checkpoint, saved_ranks=saved.world_size)
         problems = [named for named in self._world.gather(problem) if named]
         if problems:
             raise RunError(f"{checkpoint} cannot be loaded: {problems[0]}")
-        moved = self._moved()
+        if moving:
+            moving.settle()
         for what, found, expected in (
             ("policy's weights", self._policy.fingerprint(), saved.weights),
             ("policy's masters, moments or steps", self._policy.optimizer_fingerprint(), saved.optimizer),
-            ("reference's weights", moved and moved.fingerprint, moved and saved.reference),
+            ("reference's weights", moving and moving.fingerprint, moving and saved.reference),
         ):
             if found != expected:
                 raise RunError(

@@ -85,7 +85,7 @@ def _check_fingerprint(now: str, start: str) -> None:
 
 
 class ReferenceEngine:
-    """Scores pairs with weights that never move by themselves. Every method is collective."""
+    """Scores pairs with weights that never move by themselves. Every method is collective, unless it says so."""
 
     def __init__(self, scorer: Scorer, *, ds_config: Mapping[str, Any], world: World) -> None:
         """Builds the engine.
@@ -152,8 +152,8 @@ class ReferenceEngine:
         """Moves every weight part of the way to the policy's: ``weight * policy + (1 - weight) * reference``.
 
         TR-DPO's soft update, with 1 its hard one: Gorbatovski et al. 2024, section 3, arXiv:2404.09656. Each rank moves
-        its own shards, without communication. The sum is taken in float32 and rounded to the dtype of the weights: in
-        bfloat16 a difference of one rounding step is overcome by a ``weight`` above 0.5 alone.
+        its own shards, without communication. The sum is taken in float32 and rounded to the dtype of the weights: a
+        ``weight`` up to 0.5 leaves one alone that is less than ``1 / (2 * weight)`` rounding steps away.
 
         Args:
             policy: of the same architecture; ``check_it_can_follow`` has agreed.
@@ -172,7 +172,7 @@ class ReferenceEngine:
             target = theirs[name].ds_tensor.data.to(parameter.ds_tensor.device)
             shard = parameter.ds_tensor.data
             shard.copy_(torch.lerp(shard.float(), target.float(), weight))
-        self._has_new_weights()
+        self.settle()
 
     def serialized(self) -> bytes:
         """Returns this rank's shards, as safetensors."""
@@ -180,7 +180,9 @@ class ReferenceEngine:
         return save({name: shard.values.clone().cpu() for name, shard in self._shards()})
 
     def restore(self, folder: Path, *, saved_ranks: int) -> str | None:
-        """Takes this rank's shards out of what ``serialized`` returned on each of the ranks that saved.
+        """Takes this rank's shards out of what ``serialized`` returned on each of the ranks that saved; not collective.
+
+        ``settle`` comes next, once all ranks have theirs.
 
         Args:
             folder: with a file of each of them, ``file_of_reference(rank)``.
@@ -201,15 +203,15 @@ class ReferenceEngine:
                     shard.values.copy_(torch.cat(pieces)[start : start + len(shard.values)])
         except (OSError, RuntimeError, SafetensorError) as error:
             return first_line(error)
-        self._has_new_weights()
         return None
+
+    def settle(self) -> None:
+        """Takes the fingerprint of weights that have moved."""
+        self.fingerprint = fingerprint(self.model, self._world)
+        self.has_moved = True
 
     def _shards(self) -> list[tuple[str, Shard]]:
         return [(name, shard_of(parameter)) for name, parameter in self.model.named_parameters()]
-
-    def _has_new_weights(self) -> None:
-        self.fingerprint = fingerprint(self.model, self._world)
-        self.has_moved = True
 
     def free(self) -> None:
         """Gives the weights' memory back to the machine; nothing can be scored any more."""

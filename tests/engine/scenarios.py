@@ -139,6 +139,14 @@ def expect_complaint(reference: ReferenceEngine, complaint: str) -> None:
         reference.check()
 
 
+def unlike_reference_cannot_follow(world: World, model: str, other: str) -> None:
+    float32 = torch.float32
+    engines = initialize(model, world=world, reference=other, dtype=float32, **configs(float32))
+    assert isinstance(engines.reference, ReferenceEngine)
+    with pytest.raises(UserError, match=r"sync_every must be null: .* are not the policy's, by name and shape"):
+        engines.reference.check_it_can_follow(engines.policy)
+
+
 def first_scores(world: World, model: str, dtype: str) -> None:
     engines = engines_of(model, world, DTYPES[dtype])
     batch = my_batch(world)
