@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.observed import plan_in_order
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
-from benchmarks.traffic import Sizes, Traffic, counted, predicted
+from benchmarks.traffic import counted
 from benchmarks.training import MALLOC, TrainingRun, steps_of
 from dpo_ds.data.schedule import Lengths, PackedRows, plan_training
+from dpo_ds.traffic import Sizes, Traffic, predicted
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS = 8, 256, 640, 4, 2
 POSITIONS = 8192

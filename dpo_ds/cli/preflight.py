@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_ds.cli.outlook import Machines, outlook
+from dpo_ds.cli.plan import described
 from dpo_ds.cli.schedules import block_schedule_of, schedule_of
-from dpo_ds.config import AdapterConfig, DataSource, Run, RunConfig, flat, resolve_path, settle, source_names
+from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.preferences import Source
 from dpo_ds.data.prepare import prepare
@@ -126,13 +128,14 @@ class Inputs:
         return self.config.train.layout if self.config.model.attention == "auto" else "padded"
 
 
-def preflight(run: Run, *, ranks: int, trains: bool = True) -> Inputs:
+def preflight(run: Run, *, ranks: int, trains: bool = True, machines: Machines | None = None) -> Inputs:
     """Checks a run and prepares its data.
 
     Args:
         run: the parsed command line.
         ranks: of the whole job.
         trains: whether the run begins or goes on; else a checkpoint of it is exported.
+        machines: on which the plan shall say what the run takes, or None.
 
     Raises:
         UserError: the run cannot work; nothing that this call wrote is left.
@@ -143,7 +146,7 @@ def preflight(run: Run, *, ranks: int, trains: bool = True) -> Inputs:
     _check_export(run.config)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        inputs = _checked(run, folder, ranks, checkpoints, trains=trains)
+        inputs = _checked(run, folder, ranks, checkpoints, trains=trains, machines=machines)
     except UserError:
         _remove(created)
         raise
@@ -246,7 +249,9 @@ def _last_step(metrics: Path) -> float:
         return float("inf")
 
 
-def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], *, trains: bool) -> Inputs:
+def _checked(
+    run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], *, trains: bool, machines: Machines | None
+) -> Inputs:
     _check_loss(run.config)
     cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
@@ -284,7 +289,18 @@ def _checked(run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], 
         checkpoints=checkpoints,
         allow_changed=run.allow_changed,
         commits=commits,
-        plan=_plan(config, policy, reference, schedule, train, evaluation, ranks, cache, checkpoints),
+        plan=described(
+            config,
+            policy=policy,
+            reference=reference,
+            schedule=schedule,
+            train=train,
+            evaluation=evaluation,
+            ranks=ranks,
+            cache=cache,
+            checkpoints=checkpoints,
+            more=outlook(config, machines, schedule, train, policy_config, reference_config) if machines else {},
+        ),
     )
 
 
@@ -559,77 +575,3 @@ def _check_sizes(
             f"train.tokens_per_micro_batch must be >= {least}, {what} of the longest pair, got {budget}; "
             "raise it, or lower data.max_length"
         )
-
-
-def _plan(
-    config: RunConfig,
-    policy: str,
-    reference: str | None,
-    schedule: Schedule | BlockSchedule,
-    train: PreparedPairs,
-    evaluation: PreparedPairs | None,
-    ranks: int,
-    cache: Path | None,
-    checkpoints: Sequence[Path],
-) -> str:
-    settings, lengths = config.train, train.lengths
-    rows = {
-        "policy": f"{policy} in {config.model.dtype}" + (f", {_trained(config.adapter)}" if config.adapter else ""),
-        "reference": f"{reference}, {_kept(config, cache)}" if reference else "none",
-        "loss": _described(config),
-        "pairs": f"{_trained_on(schedule, train)} to train on"
-        + (f", {_usable(evaluation)} held out" if evaluation else ""),
-        **_mixture(config, schedule),
-        "tokens": f"prompt {lengths.prompt.mean():.0f}, chosen {lengths.chosen.mean():.0f}, "
-        f"rejected {lengths.rejected.mean():.0f} on average; longest pair {lengths.tokens.max()}"
-        + (f" (of the first {len(train)} pairs)" if isinstance(schedule, BlockSchedule) else ""),
-        "steps": f"{schedule.steps} of {settings.pairs_per_step} pairs on {ranks} rank{'s' * (ranks > 1)}, "
-        f"learning rate {settings.learning_rate:g} ({settings.schedule})",
-        "output": config.output_dir,
-    } | ({"goes on": f"from {checkpoints[0]}"} if checkpoints else {})
-    return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
-
-
-def _trained(adapter: AdapterConfig) -> str:
-    if adapter.path is not None:
-        return f"frozen, with the adapter {adapter.path}"
-    kind = ("rank-stabilized " if adapter.use_rslora else "") + ("DoRA" if adapter.use_dora else "LoRA")
-    return f"frozen, with {kind} of rank {adapter.r}"
-
-
-def _kept(config: RunConfig, cache: Path | None) -> str:
-    if config.reference.mode == "adapter":
-        start = config.adapter and config.adapter.path
-        return "the policy's engine " + ("with the adapter as it was" if start else "without its adapter")
-    return f"scored once into {cache}" if cache else "live and frozen"
-
-
-def _described(config: RunConfig) -> str:
-    loss = config.loss
-    terms = [loss.type, *(f"{weight:g} x {name}" for name, weight in loss.add.items())]
-    numbers = {"beta": loss.beta, **loss.parameters}
-    if loss.ld_alpha is not None:
-        numbers["ld_alpha"] = loss.ld_alpha
-    extras = [word for word in (loss.divergence, loss.weighting) if word not in ("reverse_kl", "none")]
-    return ", ".join([" + ".join(terms), *(f"{name} {number:g}" for name, number in numbers.items()), *extras])
-
-
-def _mixture(config: RunConfig, schedule: Schedule | BlockSchedule) -> dict[str, str]:
-    if isinstance(schedule, BlockSchedule):
-        return {}
-    parts = zip(source_names(config.data.train), schedule.parts, strict=True)
-    if all(part.weight == 1 for part in schedule.parts):
-        return {}
-    return {"an epoch": ", ".join(f"{part.taken} of {name} ({part.pairs} x {part.weight:g})" for name, part in parts)}
-
-
-def _trained_on(schedule: Schedule | BlockSchedule, train: PreparedPairs) -> str:
-    if isinstance(schedule, Schedule):
-        return _usable(train)
-    an_epoch = schedule.steps_per_epoch * schedule.pairs_per_step
-    return f"{an_epoch} an epoch of {schedule.rows} rows, {schedule.rows_per_block} at a time,"
-
-
-def _usable(pairs: PreparedPairs) -> str:
-    dropped = ", ".join(f"{count} {reason}" for reason, count in pairs.dropped.items())
-    return f"{len(pairs)}" + (f" ({dropped} dropped)" if dropped else "")

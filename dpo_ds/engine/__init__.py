@@ -11,6 +11,7 @@ from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
 from dpo_ds.engine.shards import load_sharded
 from dpo_ds.engine.world import World
 from dpo_ds.models.adapters import Adapter
+from dpo_ds.models.causal_lm import checkpoint_activations
 from dpo_ds.models.scorer import Scorer
 
 __all__ = ["Engines", "PolicyEngine", "Reference", "ReferenceEngine", "World", "initialize", "initialize_reference"]
@@ -81,11 +82,7 @@ def initialize(
         )
     )
     if activation_checkpointing:
-        model = policy_scorer.model
-        # The second is its name before transformers 5.23.
-        renamed = hasattr(model, "activation_checkpointing_enable")
-        enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(policy_scorer.model)
     world.trim_memory()  # whole tensors passed through while shards were cut from them
     policy_engine = PolicyEngine(
         policy_scorer,

@@ -22,6 +22,7 @@ _PROGRAM = "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_m
 _CPU_COLLECTIVE = ("ShareMemCommBuilder", "CPU collective")
 _CPU_ADAM = ("CPUAdamBuilder", "CPU Adam")
 _FILE_ACCESS = ("AsyncIOBuilder", "file access")
+_PINNED_MEMORY = ("PinMemoryBuilder", "pinned memory")
 
 
 def expose_ninja() -> None:
@@ -60,7 +61,8 @@ def build_extensions(policy_config: Mapping[str, Any]) -> None:
     if keeps_optimizer_on_host(policy_config):
         wanted.append(_CPU_ADAM)
     if "nvme" in (_offload_device(policy_config, section) for section in ("offload_optimizer", "offload_param")):
-        wanted.append(_FILE_ACCESS)
+        # The second builds the first where nobody has, in a folder of its own.
+        wanted += [_PINNED_MEMORY, _FILE_ACCESS]
         if not get_accelerator().create_op_builder(_FILE_ACCESS[0]).is_compatible(verbose=False):
             raise UserError(
                 "the policy's ds_config offloads to files, for which DeepSpeed needs libaio; install it (Debian and "

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +23,7 @@ from dpo_ds.engine.reshape import ReshapingReader
 from dpo_ds.engine.shards import Shard, ZeroParameter, fingerprint, fingerprint_of, register_modules
 from dpo_ds.engine.world import World
 from dpo_ds.errors import first_line
+from dpo_ds.models.causal_lm import products
 from dpo_ds.models.scorer import Scorer
 
 
@@ -103,14 +105,8 @@ class PolicyEngine:
         return float(self.engine.get_global_grad_norm())
 
     def products(self) -> tuple[int, int, int]:
-        """Returns how many parameters multiply every token, how many the head has, and ``StepCost.attention``."""
-        model = self.model.model
-        head: ZeroParameter = self.model.head.weight
-        parameters: list[ZeroParameter] = list(model.parameters())
-        lookups = {id(model.get_input_embeddings().weight), id(head)}
-        config = model.config.get_text_config()
-        attention = 2 * config.num_hidden_layers * config.hidden_size
-        return sum(p.ds_numel for p in parameters if id(p) not in lookups), head.ds_numel, attention
+        """Returns what ``StepCost`` takes: ``causal_lm.products`` of the sharded model."""
+        return products(self.model.model, attrgetter("ds_numel"))
 
     @property
     def trained_parameters(self) -> int:

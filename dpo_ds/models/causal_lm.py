@@ -3,6 +3,7 @@
 No rank may enter: whoever wants the weights sharded opens that context around the call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
 
@@ -78,6 +79,28 @@ def load_causal_lm(
             )
     disable_dropout(model)
     return model
+
+
+def products(model: PreTrainedModel, size: Callable[[Tensor], int] = Tensor.numel) -> tuple[int, int, int]:
+    """Returns how many parameters multiply every token, how many the head has, and ``StepCost.attention``.
+
+    Args:
+        model: with a linear head.
+        size: of a parameter that may be sharded.
+    """
+    head = head_of(model).weight
+    lookups = {id(model.get_input_embeddings().weight), id(head)}
+    config = model.config.get_text_config()
+    attention = 2 * config.num_hidden_layers * config.hidden_size
+    return sum(size(p) for p in model.parameters() if id(p) not in lookups), size(head), attention
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets each layer keep its input only and compute the rest again in backward."""
+    # The second is its name before transformers 5.23.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @dataclass(frozen=True)

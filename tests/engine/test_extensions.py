@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 from dpo_ds.engine.extensions import build_extensions, expose_ninja, keeps_optimizer_on_host
 from dpo_ds.errors import UserError
 from tests.ranks import REPOSITORY
 
 POLICY = {"zero_optimization": {"stage": 3}}
+HAS_LIBAIO = get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 BUILD = f"from dpo_ds.engine.extensions import build_extensions; build_extensions({POLICY})"
 
 
@@ -100,3 +103,14 @@ def test_the_environments_own_ninja_is_found_first_although_none_is_activated(mo
     assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
     expose_ninja()
     assert os.environ["PATH"].split(os.pathsep) == [sysconfig.get_path("scripts"), str(tmp_path)]
+
+
+@pytest.mark.skipif(not HAS_LIBAIO, reason="needs libaio")
+def test_what_file_access_builds_beside_itself_outlives_a_killed_build_too():
+    lock = Path(cpp_extension._get_build_directory("pin_memory", verbose=False)) / "lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    to_files = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    build = f"from dpo_ds.engine.extensions import build_extensions; build_extensions({to_files})"
+    subprocess.run([sys.executable, "-c", build], cwd=REPOSITORY, check=True, timeout=400)
+    assert not lock.exists()

@@ -1,0 +1,179 @@
+"""What is known of a model without its weights: its sizes, and what a micro-batch makes it hold beside them.
+
+The latter is found by running it on tensors without values. No rank may enter.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_ds.data.batch import packed_batch, padded_batch
+from dpo_ds.data.tokenization import TokenizedPair
+from dpo_ds.dropout import disable_dropout
+from dpo_ds.memory import Parameters, Peaks
+from dpo_ds.models.adapters import Adapter, attach
+from dpo_ds.models.causal_lm import checkpoint_activations
+from dpo_ds.models.scorer import Scorer
+
+_SAMPLED_LAYERS = (2, 4)
+
+
+def without_weights(
+    config: PretrainedConfig, adapter: Adapter | None = None, *, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """Returns the model that a config describes, perhaps with an adapter, of tensors that have shapes only."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if adapter is not None:
+            attach(model, adapter)
+    return model
+
+
+def parameters_of(model: PreTrainedModel, *, threshold: int) -> Parameters:
+    """Counts a model's values.
+
+    Args:
+        model: perhaps without values.
+        threshold: tensors of fewer values stay whole.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    tensors = list(model.parameters())
+    together = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return Parameters(
+        total=sum(p.numel() for p in tensors),
+        trained=sum(p.numel() for p in tensors if p.requires_grad),
+        whole=sum(p.numel() for p in tensors if p.numel() < threshold),
+        largest=max([*together, *(p.numel() for p in tensors)]),
+    )
+
+
+def peaks_of_micro_batch(
+    config: PretrainedConfig,
+    pairs: Sequence[TokenizedPair],
+    *,
+    dtype: torch.dtype,
+    packed: bool,
+    checkpointing: bool,
+    adapter: Adapter | None = None,
+) -> Peaks:
+    """Returns what a micro-batch takes, as its tensors' sizes say; what an allocator loses is not in it.
+
+    Of a model with many layers two short ones are run, since each layer takes what the one before it does.
+
+    Args:
+        config: the model's.
+        pairs: the micro-batch's.
+        dtype: of the weights.
+        packed: whether the pairs share a row, each its prompt.
+        checkpointing: whether each layer keeps its input only.
+        adapter: trains in place of the model's own weights.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    fewer, more = _SAMPLED_LAYERS
+    run = partial(_run, pairs=pairs, dtype=dtype, packed=packed, checkpointing=checkpointing, adapter=adapter)
+    if layers <= more:
+        return run(config)
+    short, longer = (run(_shortened(config, count)) for count in _SAMPLED_LAYERS)
+    per_layer = [(b - a) // (more - fewer) for a, b in zip(short, longer, strict=True)]
+    return Peaks(*(peak + step * (layers - more) for peak, step in zip(longer, per_layer, strict=True)))
+
+
+def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shorter
+
+
+def _run(
+    config: PretrainedConfig,
+    *,
+    pairs: Sequence[TokenizedPair],
+    dtype: torch.dtype,
+    packed: bool,
+    checkpointing: bool,
+    adapter: Adapter | None,
+) -> Peaks:
+    lay_out = packed_batch if packed else padded_batch
+    real = lay_out(pairs)
+    model = without_weights(config, adapter, dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        disable_dropout(model)
+        _attend_fused(model)
+        _make_frozen_ones_buffers(model)
+        scorer = Scorer(model)
+        batch = real.to(torch.device("cpu"))
+        with torch.no_grad():
+            scoring = _peak(lambda: scorer(batch), scorer)
+        if checkpointing:
+            checkpoint_activations(model)
+        scorer.train()
+        for parameter in scorer.parameters():
+            # As the engine does: a gradient leaves as soon as it is whole.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        training = _peak(lambda: scorer(batch).sum().backward(), scorer)
+    return Peaks(training=training, scoring=scoring)
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused kernel keeps: its inputs, its output, and a log-sum-exp of every query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attend_fused(model: PreTrainedModel) -> None:
+    AttentionInterface.register("fused", lambda module, q, k, v, *_, **__: (_Fused.apply(q, k, v), None))  # type: ignore[no-untyped-call]
+    AttentionMaskInterface.register("fused", lambda *_, **__: None)
+    model.set_attn_implementation("fused")
+
+
+def _peak(run: Callable[[], object], scorer: Scorer) -> int:
+    tracker = MemTracker()
+    tracker.track_external(scorer)
+    with warnings.catch_warnings(), tracker:
+        warnings.simplefilter("ignore")  # of arguments that are no tensors
+        run()
+    (held,) = tracker.get_tracker_snapshot("peak").values()
+    own = {_MemRefType.PARAM, _MemRefType.BUFFER, "Total"}
+    return sum(size for kind, size in held.items() if kind not in own)
+
+
+def _make_frozen_ones_buffers(model: PreTrainedModel) -> None:
+    # The tracker wants a gradient of every parameter.
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
