@@ -103,6 +103,7 @@ class Trainer:
         agreement: Agreement,
         cached: CachedReference | None = None,
         answers: Callable[[], list[dict[str, str]]] | None = None,
+        machines: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         """Composes a run.
 
@@ -119,6 +120,7 @@ class Trainer:
             agreement: whether the ranks were asked to stop.
             cached: the reference's log-probs where it has no engine.
             answers: what the policy, in evaluation mode, says to a few prompts, beside them; collective.
+            machines: memory and load of each machine; collective.
         """
         self._engines = engines
         self._config = config
@@ -133,6 +135,7 @@ class Trainer:
         self._agreement = agreement
         self._cached = cached
         self._answers = answers
+        self._machines = machines
         self._objective = objective_of(config)
         self._running: dict[str, Running] = self._objective.start()
         # Log-ratios that tell of the policy: of the same tokens under both models.
@@ -201,7 +204,8 @@ class Trainer:
                 )
                 bar.update(int(metrics["pairs"]))
                 if step % self._config.tracking.log_every == 0 or step == steps:
-                    self._tracker.log({"step": step, "split": "train", **metrics})
+                    machines = self._machines() if self._machines else {}
+                    self._tracker.log({"step": step, "split": "train", **metrics, **machines})
                 # Before the evaluation, which may be stopped: the weights are those after the step.
                 self._progress = replace(
                     self._progress,

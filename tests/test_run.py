@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -308,7 +309,7 @@ def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run,
         2,
         rows=rows_of_words(8),
         data={"eval": "pairs.jsonl"},
-        tracking={"wandb": "offline", "answers": 3, "answer_tokens": 9},
+        tracking={"wandb": "offline", "answers": 3, "answer_tokens": 9, "machines": True},
         env={"API_KEY": "secret"},
     )
     finished.expect_success()
@@ -334,6 +335,7 @@ def test_the_output_folder_holds_what_was_promised_and_nothing_stays_behind(run,
     expected += "grad_norm learning_rate pairs tokens step_seconds tokens_per_second mfu fill_rate seconds/reference "
     expected += "seconds/policy seconds/wait seconds/batches seconds/update lengths/chosen lengths/rejected"
     assert set(expected.split()) <= set(lines(out)[0])
+    assert all(line[f"system/{socket.gethostname()}/host_memory_gib"] > 1 / 8 for line in lines(out))
     exported = AutoModelForCausalLM.from_pretrained(out / "export")
     tokenizer = AutoTokenizer.from_pretrained(out / "export")
     assert tokenizer.eos_token_id == 1

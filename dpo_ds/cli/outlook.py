@@ -111,9 +111,11 @@ def outlook(
         gradient_bytes=needs.itemsize,
     )
     trained = needs.parameters(policy_config).trained
-    kind = "ranks without a GPU" if machines.gpu_gib is None else f"GPUs of {machines.gpu_gib:g} GiB"
+    ranks = "ranks without a GPU"
+    if machines.gpu_gib is not None:
+        ranks = f"GPU{'s' * (machines.gpus > 1)} of {machines.gpu_gib:g} GiB"
     return {
-        "machines": f"{machines.nodes} of {machines.gpus} {kind}",
+        "machines": f"{machines.nodes} of {machines.gpus} {ranks}",
         "parameters": f"{needs.parameters(policy_config).total / 1e9:.3g} billion"
         + (f", {trained / 1e6:.3g} million of them train" if config.adapter else ""),
         "memory": _table(machines, shares),
@@ -257,7 +259,7 @@ def _verdict(
         return "not known without --gpu_gib, or --host_gib for ranks without a GPU"
     if _fits(shares, machines):
         return "yes" if machines.host_gib is not None else "yes, if the host has what is said above"
-    for way in _WAYS_TO_FIT if machines.gpu_gib is not None else ():
+    for way in _ways_to_fit(config) if machines.gpu_gib is not None else ():
         other = needs.shares(machines, *_changed(way, config, policy_config, reference_config))
         if _fits(other, machines):
             return "no; it does with " + " ".join(f"--{key} {value}" for key, value in way)
@@ -270,6 +272,16 @@ def _verdict(
         if _fits(needs.shares(more, config, policy_config, reference_config), more):
             return f"no; it does on {nodes} such nodes"
     return "no; lower train.tokens_per_micro_batch or data.max_length, train an adapter, or take more memory"
+
+
+def _ways_to_fit(config: RunConfig) -> list[list[tuple[str, str]]]:
+    """Returns what may be changed, without what is so already or would change nothing."""
+    idle = set()
+    if config.train.activation_checkpointing == "full":
+        idle.add(_CHECKPOINTING)
+    if config.reference.mode != "engine":
+        idle.add(_REFERENCE_AWAY)
+    return [changes for way in _WAYS_TO_FIT if (changes := [change for change in way if change not in idle])]
 
 
 def _changed(

@@ -23,6 +23,7 @@ from dpo_ds.engine import Engines, ReferenceEngine, World, initialize
 from dpo_ds.engine.answers import greedy_answers
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room
+from dpo_ds.engine.machines import Machines
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
@@ -61,7 +62,7 @@ def train(found: Inputs | None, identity: Identity, meeting: Meeting, request: S
     folder = Path(inputs.config.output_dir)
     lock = _occupied(folder, world)
     with stoppable(request, world=world, folder=folder) as agreement:
-        _train(inputs, agreement, world, supplies=identity.speaks_for_node)
+        _train(inputs, agreement, world, identity)
     if world.rank == 0:
         # In this order: who waits for it must not come to hold a file without a name.
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -88,7 +89,7 @@ def _introduce(world: World) -> None:
         print(f"warning: the clock of {ahead} is {late - early:.0f} s ahead of that of {behind}", flush=True)
 
 
-def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool) -> None:
+def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identity) -> None:
     config, folder = inputs.config, Path(inputs.config.output_dir)
     # First, so that its weights are gone before the policy's come.
     cached = cached_reference(inputs, world=world, agreement=agreement) if config.reference.mode == "cache" else None
@@ -138,7 +139,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
         start = checkpoints.restore(inputs.checkpoints, allowed=inputs.allow_changed)
     tracker = _tracker(inputs, world, start)
     opened = partial(_same_pairs, world=world)
-    with open_feed(inputs, behind=start.step, supplies=supplies, opened=opened) as feed:
+    with open_feed(inputs, behind=start.step, supplies=identity.speaks_for_node, opened=opened) as feed:
         trainer = Trainer(
             engines,
             config,
@@ -152,6 +153,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, *, supplies: bool
             cached=cached,
             agreement=agreement,
             answers=_answers(inputs, engines, world) if config.tracking.answers else None,
+            machines=Machines(world, local_rank=identity.local_rank).measure if config.tracking.machines else None,
         )
         try:
             if start.step:

@@ -109,6 +109,21 @@ def test_the_manifest_is_valid_and_filled(capsys):
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
 
 
+def test_the_mpi_operators_job_meets_at_its_first_worker():
+    job = yaml.safe_load((REPOSITORY / "launch/mpijob.yaml").read_text())
+    templates = {kind: replica["template"] for kind, replica in job["spec"]["mpiReplicaSpecs"].items()}
+    for template in templates.values():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+    ((launcher,), (worker,)) = (templates[kind]["spec"]["containers"] for kind in ("Launcher", "Worker"))
+    name = job["metadata"]["name"]
+    assert f"MASTER_ADDR={name}-worker-0.{name}" in launcher["command"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]
+    interpreter, _, script, *_ = launcher["args"]
+    assert interpreter == "python"
+    assert (REPOSITORY / script).exists()
+
+
 def test_a_manifest_without_a_job_is_refused():
     with pytest.raises(UserError, match="must hold one Job, got 0"):
         kubernetes_manifest("kind: Service\n", nodes=1, gpus=1, arguments=[])

@@ -69,7 +69,7 @@ def test_a_recipe_takes_what_its_first_lines_say(recipe, hub, tmp_path, capsys):
     said = planned(capsys, "--config", str(recipe), *machines, *places, *data, *output)
     assert "      fits  yes\n" in said
     assert most(said) == pytest.approx(expected, abs=0.6)
-    assert f"machines  {nodes} of {gpus} GPUs of {gib} GiB\n" in said
+    assert re.search(f"machines  {nodes} of {gpus} GPUs? of {gib} GiB\n", said)
 
 
 def test_every_recipe_is_planned():
@@ -85,8 +85,8 @@ def test_every_recipe_is_planned():
         (20, "no; it does with --deepspeed.policy ds_configs/zero3_offload_optimizer.json"),
         (
             8,
-            "no; it does with --train.activation_checkpointing full --deepspeed.reference "
-            "ds_configs/zero3_reference_offload.json --deepspeed.policy ds_configs/zero3_offload_parameters.json",
+            "no; it does with --deepspeed.reference ds_configs/zero3_reference_offload.json "
+            "--deepspeed.policy ds_configs/zero3_offload_parameters.json",
         ),
         (3, "no; lower train.tokens_per_micro_batch or data.max_length, train an adapter, or take more memory"),
     ],

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.export import Probe, export
+from dpo_ds.engine.machines import Machines
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
@@ -137,6 +139,21 @@ def aliased_reference_is_found(world: World, model: str) -> None:
 def expect_complaint(reference: ReferenceEngine, complaint: str) -> None:
     with pytest.raises(RunError, match=complaint):
         reference.check()
+
+
+def machines_are_told_apart(world: World, model: str) -> None:
+    """Each rank stands for a machine, once of its own name and once of the same."""
+    apart = Machines(world, local_rank=0, name=f"m{world.rank}").measure()
+    alike = Machines(world, local_rank=0, name="m").measure()
+    together = Machines(world, local_rank=world.rank, name="m").measure()
+    kinds = ("host_memory_gib", "load")
+    assert list(apart) == [f"system/m{n}/{kind}" for n in range(world.size) for kind in kinds]
+    assert list(alike) == [f"system/m-{n}/{kind}" for n in range(world.size) for kind in kinds]
+    assert list(together) == [f"system/m/{kind}" for kind in kinds]
+    for found in (apart, alike, together):
+        for name, value in found.items():
+            largest = psutil.virtual_memory().total / 2**30 if name.endswith("gib") else 1000
+            assert 0 <= value < largest, (name, value)
 
 
 def unlike_reference_cannot_follow(world: World, model: str, other: str) -> None:

@@ -83,6 +83,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
             *([name, [routed if name == "moved_buffer_is_found" else llama]] for name in IN_ONE_PIECE),
             ["reference_stays", [tied]],
             ["unlike_reference_cannot_follow", [llama, routed]],
+            ["machines_are_told_apart", [llama]],
             ["first_scores", [llama, "float32"]],
             ["first_scores", [llama, "bfloat16"]],
             *(["scores", [str(tiny_models[family]), str(folder / f"{family}.json")]] for family in FAMILIES),
@@ -147,6 +148,10 @@ IN_ONE_PIECE = {
 @pytest.mark.parametrize("scenario", IN_ONE_PIECE)
 def test_what_must_not_be_is_found(job, scenario):
     expect_passed(job, scenario)
+
+
+def test_machines_are_told_apart(job):
+    expect_passed(job, "machines_are_told_apart")
 
 
 def test_a_reference_of_another_architecture_cannot_follow(job):
