@@ -105,7 +105,7 @@ def outlook(
         needs.sizes(policy_config),
         ranks=machines.ranks,
         micro_batches=round(micro_batches),
-        reference_micro_batches=round(micro_batches) if config.reference.mode == "engine" else 0,
+        reference_micro_batches=round(micro_batches) if config.reference.mode in ("engine", "adapter") else 0,
         gathers=1 if keeps_for_backward(needs.parameters(policy_config), policy_config["zero_optimization"]) else 2,
         weight_bytes=needs.itemsize,
         gradient_bytes=needs.itemsize,

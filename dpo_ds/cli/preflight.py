@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dpo_ds.cli.outlook import Machines, outlook
 from dpo_ds.cli.plan import described
 from dpo_ds.cli.schedules import block_schedule_of, schedule_of
 from dpo_ds.config import DataSource, Run, RunConfig, flat, resolve_path, settle
@@ -43,6 +42,9 @@ from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
 from dpo_ds.trainer import objective_of
+
+if TYPE_CHECKING:
+    from dpo_ds.cli.outlook import Machines
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -128,7 +130,7 @@ class Inputs:
         return self.config.train.layout if self.config.model.attention == "auto" else "padded"
 
 
-def preflight(run: Run, *, ranks: int, trains: bool = True, machines: Machines | None = None) -> Inputs:
+def preflight(run: Run, *, ranks: int, trains: bool = True, machines: "Machines | None" = None) -> Inputs:
     """Checks a run and prepares its data.
 
     Args:
@@ -250,7 +252,7 @@ def _last_step(metrics: Path) -> float:
 
 
 def _checked(
-    run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], *, trains: bool, machines: Machines | None
+    run: Run, folder: Path, ranks: int, checkpoints: tuple[Path, ...], *, trains: bool, machines: "Machines | None"
 ) -> Inputs:
     _check_loss(run.config)
     cache = _cache_folder(run.config, folder)
@@ -299,9 +301,18 @@ def _checked(
             ranks=ranks,
             cache=cache,
             checkpoints=checkpoints,
-            more=outlook(config, machines, schedule, train, policy_config, reference_config) if machines else {},
+            more=_outlook(config, machines, schedule, train, policy_config, reference_config),
         ),
     )
+
+
+def _outlook(config: RunConfig, machines: "Machines | None", *found: Any) -> dict[str, str]:
+    if machines is None:
+        return {}
+    # Only here: it rests on tools of torch's that may move, which no run shall depend on.
+    from dpo_ds.cli.outlook import outlook
+
+    return outlook(config, machines, *found)
 
 
 def _prepared(config: RunConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, folder: Path) -> PreparedPairs:

@@ -23,7 +23,7 @@ from dpo_ds.engine import Engines, ReferenceEngine, World, initialize
 from dpo_ds.engine.answers import greedy_answers
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room
-from dpo_ds.engine.machines import Machines
+from dpo_ds.engine.machines import MachineMetrics
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
@@ -153,7 +153,9 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
             cached=cached,
             agreement=agreement,
             answers=_answers(inputs, engines, world) if config.tracking.answers else None,
-            machines=Machines(world, local_rank=identity.local_rank).measure if config.tracking.machines else None,
+            machines=MachineMetrics(world, local_rank=identity.local_rank).measure
+            if config.tracking.machines
+            else None,
         )
         try:
             if start.step:

@@ -13,7 +13,7 @@ _KINDS = ("host_memory_gib", "load", "gpu_memory_gib")
 _GIB = 2**30
 
 
-class Machines:
+class MachineMetrics:
     """Memory and load of each machine of a run. Every method is collective."""
 
     def __init__(self, world: World, *, local_rank: int, name: str | None = None) -> None:

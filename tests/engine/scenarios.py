@@ -20,7 +20,7 @@ from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, World, initialize
 from dpo_ds.engine.export import Probe, export
-from dpo_ds.engine.machines import Machines
+from dpo_ds.engine.machines import MachineMetrics
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
@@ -143,9 +143,9 @@ def expect_complaint(reference: ReferenceEngine, complaint: str) -> None:
 
 def machines_are_told_apart(world: World, model: str) -> None:
     """Each rank stands for a machine, once of its own name and once of the same."""
-    apart = Machines(world, local_rank=0, name=f"m{world.rank}").measure()
-    alike = Machines(world, local_rank=0, name="m").measure()
-    together = Machines(world, local_rank=world.rank, name="m").measure()
+    apart = MachineMetrics(world, local_rank=0, name=f"m{world.rank}").measure()
+    alike = MachineMetrics(world, local_rank=0, name="m").measure()
+    together = MachineMetrics(world, local_rank=world.rank, name="m").measure()
     kinds = ("host_memory_gib", "load")
     assert list(apart) == [f"system/m{n}/{kind}" for n in range(world.size) for kind in kinds]
     assert list(alike) == [f"system/m-{n}/{kind}" for n in range(world.size) for kind in kinds]
