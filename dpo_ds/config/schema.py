@@ -281,13 +281,14 @@ class WatchdogsConfig:
 
 @dataclass(frozen=True)
 class TimeoutsConfig:
-    """Seconds after which a rank that makes no progress ends, with a line that says where it stands."""
+    """Seconds after which a rank ends that makes no progress, or hears nothing of another machine, and says so."""
 
     load_s: float = _key(3600.0, "reading the weights and building the engines")
     cache_s: float = _key(1800.0, "one micro-batch of scoring for the cache")
     train_s: float = _key(1800.0, "one micro-batch of training or evaluation")
     data_s: float = _key(1800.0, "a shard of data.streaming that is not prepared yet")
     save_s: float = _key(3600.0, "one checkpoint, or the export")
+    silence_s: float = _key(60.0, "another machine that does not answer: its link or its power is gone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,6 +456,7 @@ def check(config: RunConfig) -> None:
         ),
         ("watchdogs.chosen_drop", watchdogs.chosen_drop is None or watchdogs.chosen_drop > 0, "> 0 or null"),
         *((key, values[key] > 0, "> 0") for key in values if key.startswith("timeouts.")),
+        ("timeouts.silence_s", config.timeouts.silence_s >= 4, ">= 4"),
         ("output_dir", bool(config.output_dir.strip()), "the name of a folder"),
     )
     for key, holds, expectation in rules:

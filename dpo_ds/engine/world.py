@@ -3,7 +3,7 @@
 import ctypes
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from torch import Tensor
 from dpo_ds.engine.extensions import expose_ninja
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.patience import Patience, Phase
+from dpo_ds.engine.pulse import watch_machines
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.identity import Identity
 
@@ -24,13 +25,15 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of the run. Every method is collective, but those about memory, patience and ``synchronize``."""
+    """All ranks of the run. Its methods are collective, but ``enter``, ``progressed``, ``synchronize``, and memory's."""
 
     def __init__(self, identity: Identity, device: torch.device, patience: Patience) -> None:
         self.rank = identity.rank
         self.size = identity.size
         self.device = device
+        self._identity = identity
         self._patience = patience
+        self._unwatch: Callable[[], None] = lambda: None
 
     @classmethod
     def join(cls, identity: Identity, meeting: Meeting) -> "World":
@@ -75,16 +78,19 @@ class World:
 
     def leave(self) -> None:
         """Leaves the process group. After a failure it must not be called: it may wait for ranks that are gone."""
+        self._unwatch()
         dist.destroy_process_group()
         self._patience.stop()
 
     def allow(self, limits_s: Mapping[str, float]) -> None:
-        """Sets how long this rank may stand still before it ends with a line that says so.
+        """Sets how long this rank may stand still, and other machines be silent, before it ends with a line about it.
 
         Args:
-            limits_s: seconds, by the names ``load_s``, ``cache_s``, ``train_s`` and ``save_s``.
+            limits_s: seconds, by the names ``load_s``, ``cache_s``, ``train_s``, ``save_s`` and ``silence_s``.
         """
         self._patience.allow(limits_s)
+        self._unwatch()
+        self._unwatch = watch_machines(self._identity, self.broadcast, silence_s=limits_s["silence_s"])
 
     def enter(self, phase: Phase) -> None:
         """Begins a phase, the first behind ``join`` being ``load``."""

@@ -15,6 +15,7 @@ import yaml
 from dpo_ds.cli.launch import kubernetes_manifest
 from tests.cluster import needs, needs_program
 from tests.cluster.conftest import EVERY, STEPS
+from tests.cluster.listening import SILENCE_S
 from tests.cluster.nodes import Nodes, why_not
 from tests.cluster.telling import TELLING, TORTURE, told
 from tests.ranks import REPOSITORY
@@ -23,6 +24,7 @@ from tests.test_resume import record, steps_taken
 pytestmark = [pytest.mark.multinode, pytest.mark.ranks, needs(why_not())]
 
 PYTHON = sys.executable
+LISTENING = Path(__file__).with_name("listening.py")
 ENVIRONMENT = {
     "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}",
     "DS_ACCELERATOR": "cpu",
@@ -204,22 +206,86 @@ def test_pods_of_the_manifest_train_and_save_when_they_are_asked_to_leave(nodes,
     expect_same(nodes, folder, calm)
 
 
-def test_torchrun_on_two_machines(nodes, folder, calm):
+def listen(nodes: Nodes, folder: Path) -> "list[subprocess.Popen[str]]":
+    folder.mkdir()
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node0"}
+    ranks = [
+        nodes.start(rank, [PYTHON, LISTENING, folder], cwd=folder, env=ENVIRONMENT | place | {"RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    wait_for(lambda: len(list(folder.glob("*.listens"))) == len(ranks), 60, *ranks)
+    return ranks
+
+
+def test_a_cut_link_is_heard_and_a_stopped_process_or_one_that_has_left_is_no_cut(nodes, tmp_path):
+    ranks = listen(nodes, tmp_path / "cut")
+    time.sleep(1)
+    stopped = [pid for pid in nodes.processes(str(tmp_path)) if words_of(pid)[0] == os.fsencode(PYTHON)]
+    assert len(stopped) == 2
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2 * SILENCE_S)
+    # nsenter, which has started them, has stopped with them.
+    for pid in nodes.processes(str(tmp_path)):
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1)
+    assert [rank.poll() for rank in ranks] == [None, None]
+    nodes.plug(1, "down")
+    codes, said = ended(*ranks, timeout_s=2 * SILENCE_S)
+    nodes.plug(1, "up")
+    assert codes == [1, 1], said
+    for rank, other in ((0, 1), (1, 0)):
+        assert f"error: rank {rank} on node{rank} has heard nothing of node{other} for {SILENCE_S} s" in said
+
+    ranks = listen(nodes, tmp_path / "left")
+    (tmp_path / "left/done").touch()
+    wait_for(lambda: all(rank.stdout.readline() for rank in ranks), 10)
+    nodes.plug(1, "down")
+    codes, said = ended(*ranks)
+    nodes.plug(1, "up")
+    assert codes == [0, 0], said
+    assert not said
+
+
+def test_torchrun_on_two_machines_whose_link_is_cut(nodes, folder, calm):
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29412", "--rdzv_id", "1"]
     torchrun = [PYTHON, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
-    agents = [
-        nodes.start(
-            node,
-            [*torchrun, TELLING, "--config", folder / "run.yaml", *ODD],
-            cwd=folder,
-            env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "v0"},
-        )
-        for node in (0, 1)
-    ]
-    codes, said = ended(*agents)
+    odd = [*ODD, "--timeouts.silence_s", "4"]
+
+    def agents() -> "list[subprocess.Popen[str]]":
+        return [
+            nodes.start(
+                node,
+                [*torchrun, TELLING, "--config", folder / "run.yaml", *odd],
+                cwd=folder,
+                env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "v0"},
+            )
+            for node in (0, 1)
+        ]
+
+    started = agents()
+    wait_for_steps(EVERY + 5, folder, *started)
+    nodes.plug(1, "down")
+    wait_for(lambda: not ranks_of_torchrun(nodes, folder), 15)
+    codes, said = ended(started[0])
+    nodes.plug(1, "up")
+    # torchrun itself asks for its store, on the other side of the cut, for minutes.
+    other_codes, other_said = ended(started[1])
+    assert codes == other_codes == [1], said + other_said
+    for rank, words in enumerate((said, other_said)):
+        assert f"error: rank {rank} on node{rank} has heard nothing of node{1 - rank} for 4 s" in words
+    expect_none_left(nodes, folder)
+
+    codes, said = ended(*agents())
     assert codes == [0, 0], said
-    expect_told(folder, *ODD)
+    assert f"going on behind step {EVERY} of {STEPS}" in said
+    expect_told(folder, *odd)
     expect_same(nodes, folder, calm)
+
+
+def ranks_of_torchrun(nodes: Nodes, folder: Path) -> list[int]:
+    commands = {pid: words_of(pid) for pid in nodes.processes(str(folder))}
+    return [pid for pid, words in commands.items() if b"torch.distributed.run" not in words]
 
 
 def deepspeed(nodes: Nodes, folder: Path, *options: str, arguments: list[str | Path]) -> "subprocess.Popen[str]":

@@ -12,7 +12,7 @@ from dpo_ds.engine.meeting import Meeting
 from dpo_ds.launcher.identity import Identity
 from tests.engine.scenarios import engines_of, my_batch, take_step
 
-LIMITS = {"load_s": 2.0, "cache_s": 30.0, "train_s": 3.0, "save_s": 60.0}
+LIMITS = {"load_s": 2.0, "cache_s": 30.0, "train_s": 3.0, "save_s": 60.0, "silence_s": 60.0}
 
 
 def every_group_is_patient_for_longer_than_the_clock(world: World, model: str) -> None:
