@@ -18,7 +18,15 @@ from torch.utils import cpp_extension
 from dpo_ds.errors import UserError
 
 _BUILD_TIMEOUT_S = 300
-_PROGRAM = "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
+_PROGRAM = """
+#include <Python.h>
+#ifdef _OPENMP
+#include <omp.h>
+int main() { return omp_get_max_threads() > 0 ? 0 : 1; }
+#else
+int main() { return 0; }
+#endif
+"""
 _CPU_COLLECTIVE = ("ShareMemCommBuilder", "CPU collective")
 _CPU_ADAM = ("CPUAdamBuilder", "CPU Adam")
 _FILE_ACCESS = ("AsyncIOBuilder", "file access")
@@ -38,7 +46,7 @@ def expose_ninja() -> None:
 
 
 def keeps_optimizer_on_host(ds_config: Mapping[str, Any]) -> bool:
-    """Returns whether a ds_config keeps masters and Adam's states in host memory or on NVMe, where CPU Adam works."""
+    """Returns whether a ds_config keeps masters and optimizer's states in host memory or on NVMe."""
     return _offload_device(ds_config, "offload_optimizer") != "none"
 
 
@@ -46,19 +54,20 @@ def _offload_device(ds_config: Mapping[str, Any], section: str) -> str:
     return str((ds_config["zero_optimization"].get(section) or {}).get("device", "none"))
 
 
-def build_extensions(policy_config: Mapping[str, Any]) -> None:
+def build_extensions(policy_config: Mapping[str, Any], *, optimizer: str = "adamw") -> None:
     """Builds what DeepSpeed would compile in the middle of the start, or opens what was built before.
 
     There it would die in ninja's output, on every rank, and a killed build would make all later ones wait without end.
 
     Args:
         policy_config: the policy's resolved DeepSpeed config.
+        optimizer: what updates the policy.
 
     Raises:
         UserError: the compiler or ninja is missing or does not work.
     """
     wanted = [_CPU_COLLECTIVE] if get_accelerator().device_name() == "cpu" else []
-    if keeps_optimizer_on_host(policy_config):
+    if optimizer == "adamw" and keeps_optimizer_on_host(policy_config):
         wanted.append(_CPU_ADAM)
     if "nvme" in (_offload_device(policy_config, section) for section in ("offload_optimizer", "offload_param")):
         # The second builds the first where nobody has, in a folder of its own.

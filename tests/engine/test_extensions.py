@@ -11,7 +11,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from dpo_ds.engine.extensions import build_extensions, expose_ninja, keeps_optimizer_on_host
+from dpo_ds.engine.extensions import _check_compiler, build_extensions, expose_ninja, keeps_optimizer_on_host
 from dpo_ds.errors import UserError
 from tests.ranks import REPOSITORY
 
@@ -103,6 +103,11 @@ def test_the_environments_own_ninja_is_found_first_although_none_is_activated(mo
     assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
     expose_ninja()
     assert os.environ["PATH"].split(os.pathsep) == [sysconfig.get_path("scripts"), str(tmp_path)]
+
+
+@pytest.mark.parametrize("builder", ["ShareMemCommBuilder", "CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"])
+def test_the_check_of_the_compiler_asks_for_no_more_than_a_builder_does(builder):
+    _check_compiler(get_accelerator().create_op_builder(builder).cxx_args(), builder)
 
 
 @pytest.mark.skipif(not HAS_LIBAIO, reason="needs libaio")
