@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 Phase = Literal["all", "scoring", "training", "update"]
 
-_MASTERS_AND_MOMENTS = 12
 _GRADIENT = 4
 
 
@@ -74,7 +73,13 @@ def peak(shares: Iterable[Share]) -> Share:
 
 
 def shares_of_policy(
-    parameters: Parameters, ds_config: Mapping[str, Any], *, itemsize: int, ranks: int, activations: Peaks
+    parameters: Parameters,
+    ds_config: Mapping[str, Any],
+    *,
+    itemsize: int,
+    ranks: int,
+    activations: Peaks,
+    state_bytes: int = 12,
 ) -> list[Share]:
     """Returns what the policy's engine takes on each rank.
 
@@ -84,12 +89,13 @@ def shares_of_policy(
         itemsize: bytes of a weight.
         ranks: that share the weights.
         activations: of a micro-batch.
+        state_bytes: of the optimizer's master and states of one weight; AdamW's are 12.
     """
     zero = ds_config["zero_optimization"]
     part = parameters.trained / ranks
     bucket = zero.get("reduce_bucket_size", 5e8) * itemsize
     update = _GRADIENT * min(part, zero.get("sub_group_size", 1e9))
-    on_device = Share("masters and Adam's states", device=_MASTERS_AND_MOMENTS * part)
+    on_device = Share("masters and optimizer states", device=state_bytes * part)
     states = {
         "none": [
             on_device,

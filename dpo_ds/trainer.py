@@ -270,7 +270,7 @@ class Trainer:
         suspects = []
         self._engines.policy.model.train()
         for batch, (loss, logps, surrogate) in zip(batches, self._judged(plan, batches, references), strict=True):
-            self._engines.policy.backward(surrogate / pairs)
+            self._engines.policy.backward((surrogate + self._routing(tally, batch.weights)) / pairs)
             self._add(tally, loss, logps, batch.weights)
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
             # A loss of the whole step has no loss of a pair of its own to blame.
@@ -554,6 +554,14 @@ class Trainer:
     def _for_reference(self, batch: PairBatch) -> PairBatch:
         loss = self._config.loss
         return discounted(batch, loss.ld_alpha if loss.ld_reference else None)
+
+    def _routing(self, tally: Tally, weights: Tensor) -> Tensor | float:
+        """Returns what the routers of the micro-batch that was scored last add to the sum over its pairs."""
+        loss = self._engines.policy.routing_loss
+        if loss is None:
+            return 0.0
+        tally.add("aux_loss", loss.detach().expand(len(weights)), weights=weights)
+        return self._config.loss.router_aux * loss * weights.sum()
 
     def _add(self, tally: Tally, loss: PreferenceLoss, logps: PairLogps, weights: Tensor) -> None:
         add_pairs(tally, loss, logps, weights=weights)

@@ -5,7 +5,9 @@ It shares no code with the package.
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +35,43 @@ def response_logp(
     return torch.stack([logps[len(prompt) - 1 + n, response[n]] for n in kept]).sum()
 
 
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of arXiv:2302.06675, line by line."""
+
+    def __init__(self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                mean = self.state[weight].setdefault("m", torch.zeros_like(weight))
+                first, second = group["betas"]
+                update = torch.sign(first * mean + (1 - first) * weight.grad)
+                decay = group["weight_decay"] if weight.dim() > 1 else 0.0
+                weight -= group["lr"] * (update + decay * weight)
+                mean.copy_(second * mean + (1 - second) * weight.grad)
+
+
+class RMSprop(torch.optim.Optimizer):
+    """Hinton's lecture 6e: the gradient by the root of its mean square."""
+
+    def __init__(self, params: Any, *, lr: float, decay: float, eps: float) -> None:
+        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                square = self.state[weight].setdefault("v", torch.zeros_like(weight))
+                square.copy_(group["decay"] * square + (1 - group["decay"]) * weight.grad**2)
+                weight -= group["lr"] * weight.grad / (square.sqrt() + group["eps"])
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
 def dpo_losses(
     model: torch.nn.Module,
     steps: list[list[PlainPair]],
@@ -42,11 +81,12 @@ def dpo_losses(
     clip: float,
     sync_every: int | None = None,
     sync_weight: float = 1.0,
+    optimizer_of: Callable[..., torch.optim.Optimizer] = adamw,
 ) -> list[float]:
     """Trains the model and returns each step's mean loss, before its update; the reference may follow the policy."""
     reference = copy.deepcopy(model).eval()
     model.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = optimizer_of(model.parameters(), lr=learning_rate)
     losses = []
     for pairs in steps:
         optimizer.zero_grad()

@@ -135,7 +135,7 @@ def test_the_dumped_config_parses_to_itself(parse, text):
         (["--train.betas", "[0.9]"], r"train.betas must be a list of two numbers, got '\[0.9\]'"),
         (["--data.shuffle", "maybe"], "data.shuffle must be true or false, got 'maybe'"),
         (["--loss.type", "dpo"], f"loss.type must be one of {', '.join(LOSSES)}, got 'dpo'"),
-        (["--train.optimizer", "sgd"], "train.optimizer must be one of adamw, got 'sgd'"),
+        (["--train.optimizer", "sgd"], "train.optimizer must be one of adamw, lion, rmsprop, got 'sgd'"),
         (["--loss.beta"], "argument --loss.beta: expected one argument"),
         (["stray"], "unrecognized arguments: stray"),
         (["--data.train", "3"], r"data.train must be a path, a hub id, or a list of \{path, .*, got 3"),

@@ -55,7 +55,7 @@ def test_what_is_offloaded_is_elsewhere():
         return found.device, found.host, found.files
 
     states, weights = 12 * 5e8, 2 * 5e8
-    assert [sums(some, "masters and Adam's states") for some in (on_gpu, on_host, in_files)] == [
+    assert [sums(some, "masters and optimizer states") for some in (on_gpu, on_host, in_files)] == [
         (states, 0, 0),
         (0, states, 0),
         (0, 0, states),

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.data.small_tokenizer import small_tokenizer
-from tests.plain_dpo import PlainPair, dpo_losses
+from tests.plain_dpo import Lion, PlainPair, RMSprop, dpo_losses
 from tests.ranks import REPOSITORY, Finished, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -108,7 +109,7 @@ def plain_losses(tiny_chat: Path) -> list[float]:
     return six_plain_steps(tiny_chat)
 
 
-def six_plain_steps(tiny_chat: Path, **options: Any) -> list[float]:
+def six_plain_steps(tiny_chat: Path, *, learning_rate: float = 1e-3, **options: Any) -> list[float]:
     """Six steps of four pairs by plain PyTorch, with transformers' own tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
 
@@ -121,7 +122,7 @@ def six_plain_steps(tiny_chat: Path, **options: Any) -> list[float]:
     assert tokenizer.eos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
     steps = [pairs[start : start + 4] for start in range(0, 24, 4)]
-    return dpo_losses(model, steps, beta=0.1, learning_rate=1e-3, clip=1.0, **options)
+    return dpo_losses(model, steps, beta=0.1, learning_rate=learning_rate, clip=1.0, **options)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -151,6 +152,25 @@ def test_a_reference_that_follows_the_policy_is_that_of_a_plain_loop(
     assert losses(out)[2:] != pytest.approx(plain_losses[2:], abs=1e-3)
     if weight == 1:
         assert [line["rewards/chosen"] == 0 for line in lines(out)] == [True, False] * 3
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[..., torch.optim.Optimizer]]] = {
+    "lion": ({"betas": [0.9, 0.99], "weight_decay": 0.5}, partial(Lion, betas=(0.9, 0.99), weight_decay=0.5)),
+    "rmsprop": ({"betas": [0.0, 0.99], "eps": 1e-7}, partial(RMSprop, decay=0.99, eps=1e-7)),
+}
+OFFLOADED = {"policy": "ds_configs/zero3_offload_optimizer.json"}
+
+
+@pytest.mark.parametrize(("ranks", "configs"), [(2, {}), (1, OFFLOADED)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_another_optimizer_loses_what_its_equation_loses(run, tiny_chat, plain_losses, name, ranks, configs):
+    numbers, optimizer_of = OPTIMIZERS[name]
+    expected = six_plain_steps(tiny_chat, learning_rate=1e-4, optimizer_of=optimizer_of)
+    given = {"optimizer": name, "learning_rate": 1e-4, **numbers}
+    finished, out = run(ranks, rows=rows_of_words(24), train=given, deepspeed=configs)
+    finished.expect_success()
+    assert losses(out) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 0.01, "the steps are too small to tell anything"
 
 
 TURNS = (

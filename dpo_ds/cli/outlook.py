@@ -13,8 +13,8 @@ from dpo_ds.config import RunConfig, resolve_path
 from dpo_ds.data.blocks import BlockSchedule
 from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Rows, Schedule, plan_training
-from dpo_ds.engine.checkpoint import BYTES_PER_PARAMETER
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config
+from dpo_ds.engine.optimizers import OptimizerSettings
 from dpo_ds.memory import (
     Parameters,
     Peaks,
@@ -122,7 +122,7 @@ def outlook(
         "fits": _verdict(needs, machines, shares, config, policy_config, reference_config),
         "a step": f"{needs.flops / 1e12:,.1f} TFLOP in all; a rank takes {micro_batches:.3g} "
         f"micro-batch{'es' * (micro_batches > 1)} and receives {moved.total / _GIB:,.1f} GiB",
-        "checkpoint": f"{trained * BYTES_PER_PARAMETER / _GIB:.3g} GiB",
+        "checkpoint": f"{trained * needs.state_bytes / _GIB:.3g} GiB",
     }
 
 
@@ -202,6 +202,11 @@ class Needs:
         frozen = peaks_of_micro_batch(self._reference, pairs, dtype=dtype, packed=self._packed, checkpointing=True)
         return policy, frozen
 
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps of one weight."""
+        return OptimizerSettings(self._config.train.optimizer).bytes_per_weight
+
     def shares(
         self,
         machines: Machines,
@@ -219,7 +224,8 @@ class Needs:
         """
         policy, reference = self._peaks(config.train.activation_checkpointing == "full")
         sizes = {"itemsize": self.itemsize, "ranks": machines.ranks}
-        shares = shares_of_policy(self.parameters(policy_config), policy_config, activations=policy, **sizes)
+        parameters = self.parameters(policy_config)
+        shares = shares_of_policy(parameters, policy_config, activations=policy, state_bytes=self.state_bytes, **sizes)
         if config.reference.mode == "engine":
             frozen = parameters_of(self._frozen, threshold=_threshold(reference_config))
             shares += shares_of_reference(frozen, reference_config, activations=reference, **sizes)

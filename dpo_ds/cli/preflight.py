@@ -22,7 +22,6 @@ from dpo_ds.data.schedule import Schedule
 from dpo_ds.data.stream import Stream, open_stream
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine.checkpoint import (
-    BYTES_PER_PARAMETER,
     CHECKPOINTS_FOLDER,
     check_origin,
     complete_checkpoints,
@@ -33,12 +32,14 @@ from dpo_ds.engine.checkpoint import (
 from dpo_ds.engine.ds_config import policy_ds_config, reference_ds_config, stated_values
 from dpo_ds.engine.export import why_not_replaceable
 from dpo_ds.engine.extensions import build_extensions
+from dpo_ds.engine.optimizers import OptimizerSettings
 from dpo_ds.engine.policy import swaps_to_files
 from dpo_ds.engine.shards import stored_parameters
 from dpo_ds.errors import UserError
 from dpo_ds.models.adapters import Adapter, check_adapter
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.hub import fetch, held
+from dpo_ds.models.routing import why_no_routing_loss
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
 from dpo_ds.trainer import objective_of
@@ -91,6 +92,11 @@ class Inputs:
     def dtype(self) -> torch.dtype:
         """Of both models' weights."""
         return _DTYPES[self.config.model.dtype]
+
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        """What updates the policy."""
+        return _optimizer(self.config)
 
     @property
     def adapter(self) -> Adapter | None:
@@ -258,7 +264,7 @@ def _checked(
     cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
     _check_offload(run.config, policy_config)
-    build_extensions(policy_config)
+    build_extensions(policy_config, optimizer=run.config.train.optimizer)
     config = run.config
     policy = config.model.policy
     reference = None if config.reference.mode == "none" else config.model.reference or policy
@@ -510,7 +516,7 @@ def _check_room(config: RunConfig, folder: Path, *, trains: bool) -> None:
     wanted = {_export_folder(config): parameters * _DTYPES[config.model.dtype].itemsize}
     if trains and config.checkpoint.every is not None:
         moved = 0 if config.reference.sync_every is None else _DTYPES[config.model.dtype].itemsize
-        wanted[folder / CHECKPOINTS_FOLDER] = parameters * (BYTES_PER_PARAMETER + moved)
+        wanted[folder / CHECKPOINTS_FOLDER] = parameters * (_optimizer(config).bytes_per_weight + moved)
     needed: dict[int, int] = {}  # by file system
     for place, size in wanted.items():
         above = next(there for there in (place.absolute(), *place.absolute().parents) if there.exists())
@@ -532,6 +538,11 @@ def _deepspeed_configs(run: Run) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     return run, policy_config, reference_ds_config(run.config.deepspeed.reference, dtype=dtype)
 
 
+def _optimizer(config: RunConfig) -> OptimizerSettings:
+    train = config.train
+    return OptimizerSettings(train.optimizer, train.betas, train.eps, train.weight_decay)
+
+
 def _adapter(config: RunConfig) -> Adapter | None:
     return None if config.adapter is None else Adapter(**vars(config.adapter), seed=config.train.seed)
 
@@ -547,6 +558,8 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
         )
     if (adapter := _adapter(config)) is not None:
         check_adapter(adapter, policy_config)
+    if config.loss.router_aux and (problem := why_no_routing_loss(policy_config)) is not None:
+        raise UserError(f"loss.router_aux must be 0 for model.policy {policy}, got {config.loss.router_aux}: {problem}")
     models = {"model.policy": policy_config}
     if reference not in (None, policy):
         models["model.reference"] = load_model_config(str(reference), trust_remote_code=trust)

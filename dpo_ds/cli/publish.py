@@ -106,9 +106,7 @@ def export_checkpoint(found: Inputs | None, identity: Identity, meeting: Meeting
         dtype=inputs.dtype,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
-        betas=config.train.betas,
-        eps=config.train.eps,
-        weight_decay=config.train.weight_decay,
+        optimizer=inputs.optimizer,
         adapter=inputs.adapter,
     ).policy
     checkpoints = Checkpoints(

@@ -103,9 +103,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
         activation_checkpointing=config.train.activation_checkpointing == "full",
-        betas=config.train.betas,
-        eps=config.train.eps,
-        weight_decay=config.train.weight_decay,
+        optimizer=inputs.optimizer,
+        balances_experts=config.loss.router_aux > 0,
         adapter=inputs.adapter,
         adapter_start_is_reference=config.reference.mode == "adapter",
     )

@@ -5,6 +5,7 @@ A leaf: neither torch nor transformers may enter, so that ``--help`` and a misty
 
 from dpo_ds.config.parse import Run, dump_yaml, parse_run, settle
 from dpo_ds.config.paths import resolve_path
+from dpo_ds.config.rules import check
 from dpo_ds.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -19,7 +20,6 @@ from dpo_ds.config.schema import (
     StreamingConfig,
     TrackingConfig,
     TrainConfig,
-    check,
     flat,
     shown,
 )

@@ -17,7 +17,8 @@ from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
 
 from dpo_ds.config.paths import resolve_path
-from dpo_ds.config.schema import AdapterConfig, DataSource, RunConfig, StreamingConfig, check, entries, flat, shown
+from dpo_ds.config.rules import check
+from dpo_ds.config.schema import AdapterConfig, DataSource, RunConfig, StreamingConfig, entries, flat, shown
 from dpo_ds.config.sources import read_adapter, read_sources, read_streaming
 from dpo_ds.errors import UserError
 from dpo_ds.launcher.signals import parse_duration

@@ -56,6 +56,7 @@ class PairBatch:
         token_weights: ``(scored,)``, factors of the scored tokens' log-probs, or None where all count alike.
         tokens: tokens of the pairs, each prompt counted once, stand-ins not at all.
         filled: positions of ``input_ids`` that are neither padding nor a stand-in's.
+        lengths: ``(rows,)``, tokens of each row, before its padding; None: no row has any.
         position_ids: ``(rows, length)``, each token's distance from the first token of its prompt; None: its column.
         spans: the pairs of the one packed row, in order and without gaps; empty where rows are plain sequences.
     """
@@ -68,6 +69,7 @@ class PairBatch:
     weights: Tensor
     tokens: int
     filled: int
+    lengths: Tensor | None = None
     position_ids: Tensor | None = None
     spans: tuple[Span, ...] = ()
     probabilities: Tensor | None = None
@@ -155,7 +157,7 @@ def padded_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> Pair
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = ids
     first = np.arange(len(rows)) * input_ids.shape[1] + np.tile(lengths[:, 0], 2)
-    return _batch(
+    batch = _batch(
         pairs,
         input_ids,
         first=first,
@@ -164,6 +166,7 @@ def padded_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> Pair
         weight=weight,
         filled=sum(map(len, rows)),
     )
+    return replace(batch, lengths=torch.tensor([len(row) for row in rows]))
 
 
 def _lengths(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:

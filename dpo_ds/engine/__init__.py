@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
+from dpo_ds.engine.optimizers import OptimizerSettings
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
 from dpo_ds.engine.shards import load_sharded
@@ -14,7 +15,16 @@ from dpo_ds.models.adapters import Adapter
 from dpo_ds.models.causal_lm import checkpoint_activations
 from dpo_ds.models.scorer import Scorer
 
-__all__ = ["Engines", "PolicyEngine", "Reference", "ReferenceEngine", "World", "initialize", "initialize_reference"]
+__all__ = [
+    "Engines",
+    "OptimizerSettings",
+    "PolicyEngine",
+    "Reference",
+    "ReferenceEngine",
+    "World",
+    "initialize",
+    "initialize_reference",
+]
 
 
 class Engines(NamedTuple):
@@ -35,9 +45,8 @@ def initialize(
     attention: str = "auto",
     trust_remote_code: bool = False,
     activation_checkpointing: bool = False,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    optimizer: OptimizerSettings | None = None,
+    balances_experts: bool = False,
     adapter: Adapter | None = None,
     adapter_start_is_reference: bool = False,
 ) -> Engines:
@@ -57,9 +66,8 @@ def initialize(
         trust_remote_code: whether code that comes with the weights may run.
         activation_checkpointing: whether the policy keeps each layer's input only, and computes the rest again in
             backward.
-        betas: AdamW's decay rates.
-        eps: AdamW's epsilon.
-        weight_decay: AdamW's decoupled decay of matrices.
+        optimizer: what updates the policy; None is AdamW.
+        balances_experts: whether the policy, a mixture of experts, has a ``routing_loss`` behind each ``score``.
         adapter: trains in place of the policy's own weights; None trains those.
         adapter_start_is_reference: whether the reference is what the adapter begins with, scored by the policy's own
             engine; ``reference`` must then be None.
@@ -79,7 +87,8 @@ def initialize(
             world=world,
             adapter=adapter,
             keeps_start=adapter_start_is_reference and adapter is not None and adapter.path is not None,
-        )
+        ),
+        balances_experts=balances_experts,
     )
     if activation_checkpointing:
         checkpoint_activations(policy_scorer.model)
@@ -88,9 +97,7 @@ def initialize(
         policy_scorer,
         ds_config=policy_config,
         world=world,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
+        optimizer=optimizer or OptimizerSettings(),
     )
     world.trim_memory()  # the shards moved into one buffer
     reference_engine: Reference | None = None

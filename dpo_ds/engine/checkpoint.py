@@ -34,8 +34,6 @@ COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _ASIDE = ".tmp"
 _FORMAT = 2
-BYTES_PER_PARAMETER = 12
-"""A master weight and Adam's two moments, in float32; the weights themselves follow from the masters."""
 _SEEN_WITHIN_S = 10.0
 """Shared file systems show another node's new file after a few seconds."""
 
@@ -481,7 +479,8 @@ class Checkpoints:
         shutil.rmtree(going)
 
     def _lack_of_space(self) -> str | None:
-        each = BYTES_PER_PARAMETER + (self._policy.dtype.itemsize if self._moved() else 0)
+        # The weights themselves follow from the masters.
+        each = self._policy.bytes_per_weight + (self._policy.dtype.itemsize if self._moved() else 0)
         needed = each * self._policy.trained_parameters + self._world.size * 2**20
         free = shutil.disk_usage(self.folder).free
         if free >= needed:

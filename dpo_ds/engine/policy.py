@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from dpo_ds.data.batch import PairBatch
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
+from dpo_ds.engine.optimizers import TESTED, OptimizerSettings, build_optimizer
 from dpo_ds.engine.reshape import ReshapingReader
 from dpo_ds.engine.shards import Shard, ZeroParameter, fingerprint, fingerprint_of, register_modules
 from dpo_ds.engine.world import World
@@ -36,36 +37,33 @@ class PolicyEngine:
         *,
         ds_config: Mapping[str, Any],
         world: World,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        optimizer: OptimizerSettings,
     ) -> None:
-        """Builds the engine with AdamW over all parameters that train, the learning rate set by every ``step``.
+        """Builds the engine with an optimizer of all parameters that train, its learning rate set by every ``step``.
 
         Args:
             scorer: wraps a model whose weights are sharded already.
             ds_config: resolved DeepSpeed config.
             world: the ranks.
-            betas: AdamW's decay rates.
-            eps: AdamW's epsilon.
-            weight_decay: decoupled decay of matrices; vectors (biases, norms) do not decay.
+            optimizer: which, with its numbers; of weights only matrices decay, no biases and norms.
         """
         register_modules(scorer)
         parameters: list[ZeroParameter] = [p for p in scorer.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": optimizer.weight_decay},
             {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
         ]
-        optimizer = _adamw(
-            [g for g in groups if g["params"]],
+        updates = build_optimizer(
+            optimizer,
+            [group for group in groups if group["params"]],
             on_host=keeps_optimizer_on_host(ds_config),
             device=world.device,
-            betas=betas,
-            eps=eps,
         )
         self.engine, self._optimizer, *_ = deepspeed.initialize(
-            model=scorer, optimizer=optimizer, config=dict(ds_config)
+            model=scorer, optimizer=updates, config={**ds_config, **TESTED}
         )
+        self._states = optimizer.states
+        self.bytes_per_weight = optimizer.bytes_per_weight
         self._world = world
         self.is_restorable = not swaps_to_files(ds_config)
         model_dtype, accumulation_dtype = self.engine.get_data_types()
@@ -83,6 +81,11 @@ class PolicyEngine:
         """Returns ``(2, pairs)``: summed log-probs of the chosen and of the rejected responses."""
         logps: Tensor = self.engine(batch)
         return logps
+
+    @property
+    def routing_loss(self) -> Tensor | None:
+        """The load-balancing loss of what was scored last, with gradients; None unless the scorer balances experts."""
+        return self.model.routing_loss
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradients to the step's.
@@ -122,10 +125,10 @@ class PolicyEngine:
 
     def optimizer_fingerprint(self) -> str:
         """Returns the digest of masters, moments and steps: of every bit and its place, not of the number of ranks."""
-        states = self.engine.basic_optimizer.state.values()
-        steps = [int(state["step"]) for state in states]
+        # Lion counts none.
+        steps = [int(state.get("step", 0)) for state in self.engine.basic_optimizer.state.values()]
         # Before the first step there are masters alone.
-        names = (None, "exp_avg", "exp_avg_sq") if steps else (None,)
+        names = (None, *self._states) if steps else (None,)
         sums = [fingerprint_of(self._optimizer_shards(name), self._world) for name in names]
         return hashlib.sha256(repr((sorted(set(steps)), sums)).encode()).hexdigest()
 
@@ -140,7 +143,7 @@ class PolicyEngine:
             yield Shard(values[: parameter.ds_numel - start], start, parameter.ds_numel)
 
     def save(self, folder: Path, *, later: bool = False) -> Callable[[], str | None]:
-        """Writes this rank's part of the weights, of their masters and of Adam's states into a folder; collective.
+        """Writes this rank's part of weights, masters and optimizer states into a folder; collective.
 
         Args:
             folder: where the files go.
@@ -263,18 +266,6 @@ def _reading_without_executing() -> Iterator[None]:
 
 
 def swaps_to_files(ds_config: Mapping[str, Any]) -> bool:
-    """Returns whether DeepSpeed keeps weights or Adam's states in files of its own, which it does not restore."""
+    """Returns whether DeepSpeed keeps weights or optimizer states in files of its own, which it does not restore."""
     sections = [ds_config["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param")]
     return any(section.get("device") == "nvme" for section in sections)
-
-
-def _adamw(
-    groups: list[dict[str, Any]], *, on_host: bool, device: torch.device, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
-    if on_host:
-        # Updates masters and states where they are kept, in host memory.
-        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            groups, lr=0.0, betas=betas, eps=eps, adamw_mode=True
-        )
-        return optimizer
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))

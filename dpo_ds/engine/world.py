@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of the run. Its methods are collective, but ``enter``, ``progressed``, ``synchronize``, and memory's."""
+    """All ranks of the run. Its methods are collective but ``enter``, ``progressed``, ``synchronize``, and memory's."""
 
     def __init__(self, identity: Identity, device: torch.device, patience: Patience) -> None:
         self.rank = identity.rank

@@ -13,6 +13,7 @@ from dpo_ds.errors import UserError
 from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
 from dpo_ds.models.attention import sharing_prompts, why_not_packable
 from dpo_ds.models.causal_lm import head_of
+from dpo_ds.models.routing import routing_loss
 
 LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
@@ -24,11 +25,12 @@ class Scorer(nn.Module):
     All that touches a parameter happens inside ``forward``, where a sharded engine's hooks see it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, balances_experts: bool = False) -> None:
         """Wraps a model.
 
         Args:
             model: a causal language model with a linear head.
+            balances_experts: whether a forward with gradients leaves its ``routing_loss``, too.
 
         Raises:
             UserError: the model has no linear head.
@@ -36,12 +38,20 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.head = head_of(model)
+        self.balances_experts = balances_experts
+        self.routing_loss: Tensor | None = None
+        """Of the last forward."""
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Returns ``(2, pairs)``: the summed log-probs of the chosen (row 0) and of the rejected responses (row 1)."""
         # No attention mask: with padding to the right, causal attention keeps it out of every scored position, and
         # without a mask the attention kernels take their fast path.
-        hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
+        balances = {"output_router_logits": True} if self.balances_experts and torch.is_grad_enabled() else {}
+        outputs = self.model.base_model(**_inputs(batch), **balances)
+        if balances:
+            row = batch.input_ids.shape[1]
+            self.routing_loss = routing_loss(self.model, outputs.router_logits, batch.lengths, row=row)
+        hidden = outputs.last_hidden_state
         logps = chunked_target_logps(
             hidden.flatten(0, 1)[batch.predicted_at],
             batch.targets,

@@ -18,7 +18,7 @@ import torch
 
 from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
-from dpo_ds.engine import Engines, World, initialize
+from dpo_ds.engine import Engines, OptimizerSettings, World, initialize
 from dpo_ds.engine.export import Probe, export
 from dpo_ds.engine.machines import MachineMetrics
 from dpo_ds.engine.meeting import Meeting
@@ -49,6 +49,8 @@ def configs(dtype: torch.dtype) -> dict[str, dict]:
 
 
 def engines_of(model: str, world: World, dtype: torch.dtype = torch.float32, **options: Any) -> Engines:
+    if "optimizer" in options:
+        options["optimizer"] = OptimizerSettings(options["optimizer"])
     return initialize(model, world=world, reference=model, dtype=dtype, **configs(dtype) | options)
 
 

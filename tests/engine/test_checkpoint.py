@@ -18,6 +18,10 @@ WAYS = {
     "optimizer in host memory": ("float32", "ds_configs/zero3_offload_optimizer.json"),
     "weights in host memory": ("float32", "ds_configs/zero3_offload_parameters.json"),
     "many groups": ("float32", "sub-groups"),
+    "lion": ("float32", "lion"),
+    "lion in host memory": ("float32", "lion, offloaded"),
+    "rmsprop": ("float32", "rmsprop"),
+    "rmsprop in host memory": ("float32", "rmsprop, offloaded"),
 }
 FAULTS = {
     "older_ones_go": "the newest, those of every fourth step and the best stay",
@@ -56,6 +60,10 @@ def job(tiny_models, tmp_path_factory) -> Path:
 
 def options_of(way: str, folder: Path) -> dict[str, Any]:
     """Arguments of ``initialize``."""
+    optimizer, _, offloaded = way.partition(", ")
+    if optimizer in ("lion", "rmsprop"):
+        options = training_options("ds_configs/zero3_offload_optimizer.json", folder) if offloaded else {}
+        return options | {"optimizer": optimizer}
     if way != "sub-groups":
         return training_options(way, folder)
     # Small ones, whose borders lie elsewhere for another number of ranks.
