@@ -70,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="real pairs, in any form that data.train takes; default: synthetic ones")
     add("--tokenizer", type=Path, help="their tokenizer; needed with --data")
-    add("--rounds", type=int, default=2, help="how often each program runs")
+    add("--rounds", type=int, default=1, help="how often each program runs")
     add("--steps", type=int, default=7, help="steps of a run")
     add("--warm_up", type=int, default=3, help="first steps of a run that do not count")
     add("--only", nargs="+", choices=sorted({program.kind for program in PROGRAMS}), help="compare these")

@@ -7,10 +7,10 @@ engine that must score as the policy does, and only then renamed.
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
@@ -24,12 +24,20 @@ from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine import initialize_reference
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.shards import INDEX, ZeroParameter, difference_of_shards, part_held, stored_buffers
+from dpo_ds.engine.shards import (
+    INDEX,
+    difference_of_divided,
+    difference_of_shards,
+    hollow,
+    part_held,
+    stored_buffers,
+)
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import settled, sync_folder
 from dpo_ds.models.adapters import Adapter, merged, merging, published, save_configs
 from dpo_ds.models.attention import share_prompts
+from dpo_ds.models.stored import as_stored
 
 MAX_SHARD_SIZE = "50GB"
 """Of one file: what transformers' ``save_pretrained`` says."""
@@ -80,8 +88,9 @@ def export(
 ) -> None:
     """Writes weights, config, generation config, tokenizer and model card; collective.
 
-    No rank holds more than one parameter whole. Each file has one rank that writes it. A tied head is stored once, as
-    transformers does. The probe needs memory for the weights' shards a second time, in the policy's dtype.
+    No rank holds more than one parameter whole. Each file has one rank that writes it. A tied head is stored once, and
+    a mixture's experts one by one, as transformers does. The probe needs memory for the weights' shards a second time,
+    in the policy's dtype.
 
     Args:
         policy: the engine.
@@ -115,7 +124,8 @@ def export(
         world.agree(_unseen({aside: None}))
         world.agree(_unwritable(folder, _write_weights(model, aside, contents, world)))
         world.agree(_unseen({aside / file: contents.size_of(file) for file in contents.files}))
-        _refuse(world, f"the export to {folder} is not what the policy is", _difference(model, aside, contents))
+        for difference in (_difference, _difference_of_divided):
+            _refuse(world, f"the export to {folder} is not what the policy is", difference(model, aside, contents))
         _write_checksums(aside, folder, world)
         _refuse(
             world,
@@ -148,7 +158,7 @@ def lack_of_room(policy: PolicyEngine, folder: Path, *, adapter_alone: bool = Fa
         adapter_alone: whether that is an adapter.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    tensors = _hollow(_exported(policy.model.model, adapter_alone=adapter_alone)).values()
+    tensors = map(hollow, _exported(policy.model.model, adapter_alone=adapter_alone).values())
     needed, free = sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES, shutil.disk_usage(there).free
     if free >= needed:
         return None
@@ -160,22 +170,20 @@ def _exported(model: PreTrainedModel, *, adapter_alone: bool) -> dict[str, Tenso
     return {**weights, **(stored_buffers(model) if is_whole else {})}
 
 
-def _hollow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: torch.empty(_whole_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
-    }
-
-
-def _whole_shape(tensor: ZeroParameter) -> torch.Size:
-    is_sharded = isinstance(tensor, nn.Parameter)
-    return cast(ZeroParameter, tensor).ds_shape if is_sharded else tensor.shape  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class _Contents:
-    """Which tensors go into which file; ``tensors`` have shape and dtype alone, ``live`` are a rank's parts."""
+    """Which tensors go into which file.
+
+    Attributes:
+        live: this rank's parts of the weights, and the buffers.
+        parts: as which tensors each of them is stored.
+        tensors: those, shape and dtype alone.
+        files: names of each file's tensors.
+        index: which file holds each tensor, where there are several files.
+    """
 
     live: Mapping[str, Tensor]
+    parts: Mapping[str, Sequence[str]]
     tensors: Mapping[str, Tensor]
     files: Mapping[str, Sequence[str]]
     index: Mapping[str, Any] | None
@@ -186,20 +194,31 @@ class _Contents:
             _exported(model, adapter_alone=adapter_alone),
             published(model, adapter_alone=adapter_alone).pattern,
         )
-        hollow = _hollow(live)
-        plan = split_torch_state_dict_into_shards(hollow, filename_pattern=pattern, max_shard_size=max_shard_size)
+        # An adapter's names are peft's.
+        stored = {
+            name: {name: hollow(tensor)} if adapter_alone else as_stored(model, name, hollow(tensor))
+            for name, tensor in live.items()
+        }
+        tensors = {part: tensor for parts in stored.values() for part, tensor in parts.items()}
+        plan = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
-        return cls(live, hollow, plan.filename_to_tensors, index)
+        parts = {name: list(parts) for name, parts in stored.items()}
+        return cls(live, parts, tensors, plan.filename_to_tensors, index)
 
-    def layout(self, file: str) -> tuple[bytes, list[str]]:
+    def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
         return safetensors_layout({name: self.tensors[name] for name in self.files[file]})
 
     def size_of(self, file: str) -> int:
         return len(self.layout(file)[0]) + sum(self.tensors[name].nbytes for name in self.files[file])
 
+    @property
+    def divided(self) -> set[str]:
+        """Names of the weights that are not stored as they are."""
+        return {name for name, parts in self.parts.items() if [*parts] != [name]}
 
-def safetensors_layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
-    """Returns how a safetensors file begins, and the names of the tensors whose bytes follow, in their order.
+
+def safetensors_layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Returns how a safetensors file begins, and where in it the bytes of each tensor do.
 
     Args:
         tensors: by name; their shapes and dtypes count, not their values.
@@ -216,7 +235,8 @@ def safetensors_layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]
         described[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
     header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, order
+    begin = len(header).to_bytes(8, "little") + header
+    return begin, {name: len(begin) + described[name]["data_offsets"][0] for name in order}
 
 
 def _begin(
@@ -271,42 +291,45 @@ def _unseen(sizes: Mapping[Path, int | None]) -> str | None:
 
 def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, world: World) -> str | None:
     """Writes this rank's files; returns why one could not be written."""
-    problem = None
-    for number, file in enumerate(contents.files):
-        header, order = contents.layout(file)
-        tensors = _whole_tensors(model, contents.live, order, world)
-        if number % world.size == world.rank and problem is None:
-            problem = _write(folder / file, header, tensors)
-        # A rank that left here, or wrote no more, would leave the others in a collective.
-        for _ in tensors:
-            pass
+    # By hand, since the library wants all of a file's tensors at once.
+    place_of, problem = dict[str, tuple[Path, int]](), None
+    mine = [file for number, file in enumerate(contents.files) if number % world.size == world.rank]
+    for file in mine:
+        begin, offsets = contents.layout(file)
+        place_of |= {name: (folder / file, offset) for name, offset in offsets.items()}
+        problem = problem or _write(folder / file, 0, begin)
+    # A rank that left here, or gathered no more, would leave the others in a collective.
+    for name, tensor in _whole_tensors(model, contents.live, world):
+        if problem is not None or place_of.keys().isdisjoint(contents.parts[name]):
+            continue
+        stored = {name: tensor} if name in contents.tensors else as_stored(model, name, tensor)
+        for part, values in stored.items():
+            if part in place_of:
+                bits = values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                problem = problem or _write(*place_of[part], bits)
     return problem
 
 
-def _whole_tensors(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], names: Iterable[str], world: World
-) -> Iterator[Tensor]:
+def _whole_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
     layers = merging(model)
-    for name in names:
+    for name, tensor in tensors.items():
         if name in layers:
             with deepspeed.zero.GatheredParameters(list(layers[name].parameters())):
-                yield merged(layers[name])
-        elif isinstance(tensors[name], nn.Parameter):
-            with deepspeed.zero.GatheredParameters([tensors[name]]):
-                yield tensors[name].detach()
+                yield name, merged(layers[name])
+        elif isinstance(tensor, nn.Parameter):
+            with deepspeed.zero.GatheredParameters([tensor]):
+                yield name, tensor.detach()
         else:
-            yield tensors[name]
+            yield name, tensor
         world.trim_memory()  # else what each has left behind would add up to the model
         world.progressed()
 
 
-def _write(path: Path, header: bytes, tensors: Iterator[Tensor]) -> str | None:
-    # By hand, since the library wants all of a file's tensors at once.
+def _write(path: Path, offset: int, bits: bytes | memoryview) -> str | None:
     try:
-        with path.open("wb") as file:
-            file.write(header)
-            for tensor in tensors:
-                file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.seek(offset)
+            file.write(bits)
     except OSError as error:
         return first_line(error)
     return None
@@ -329,11 +352,18 @@ def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> st
                     found, planned = file.get_tensor(name), contents.tensors[name]
                     if (found.shape, found.dtype) != (planned.shape, planned.dtype):
                         return f"{path} holds {name} as {found.dtype} {tuple(found.shape)}"
-        return difference_of_shards(
-            held, {name: (str(folder / path), name) for path, names in contents.files.items() for name in names}
-        )
+        place_of = {name: (str(folder / path), name) for path, names in contents.files.items() for name in names}
+        return difference_of_shards({name: held[name] for name in held if name not in contents.divided}, place_of)
     except (OSError, SafetensorError) as error:
         return f"it cannot be read: {first_line(error)}"
+
+
+def _difference_of_divided(model: PreTrainedModel, folder: Path, contents: _Contents) -> str | None:
+    """Returns which of the weights that this rank has compared is not what its tensors in the files are; collective."""
+    place_of = {name: (str(folder / path), name) for path, names in contents.files.items() for name in names}
+    names = contents.divided - merging(model).keys()
+    sources = {name: {part: place_of[part] for part in contents.parts[name]} for name in names}
+    return difference_of_divided(model, {name: contents.live[name] for name in names}, sources)
 
 
 def _refuse(world: World, what: str, problem: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import deepspeed
 import torch
@@ -28,6 +28,7 @@ from dpo_ds.models.adapters import Adapter, attach, starts_at_zero, weights_at_w
 from dpo_ds.models.causal_lm import load_causal_lm
 from dpo_ds.models.hub import held
 from dpo_ds.models.scorer import Scorer
+from dpo_ds.models.stored import as_stored
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -282,31 +283,85 @@ def _mixed_sum(shard: Shard) -> Tensor:
 
 
 def difference_from_files(model: PreTrainedModel, path: str | Path) -> str | None:
-    """Compares this rank's shards and buffers with a checkpoint's safetensors files, bit for bit in the model's dtype.
+    """Compares a model with a checkpoint's safetensors files, bit for bit in its own dtype; collective.
 
     Returns:
-        None if they are equal, else one line that names the first weight that is not.
+        None if this rank's share is equal, else one line that names the first weight that is not.
     """
     files = tensor_files(path)
     if files is None:
         return f"{path} has no safetensors weights to verify the loaded ones against; convert it with save_pretrained"
-    # transformers does not report these under ZeRO-3. A tied head may be stored beside its embedding.
-    known = set(model.state_dict()) | {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()}
+    # A tied head may be stored beside its embedding.
+    known = set(model.state_dict())
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **stored_buffers(model)}
+    sources, divided = {}, {}
+    for name, tensor in tensors.items():
+        stored = stored_name(model, name, files)
+        parts = {part: stored_name(model, part, files) for part in as_stored(model, name, hollow(tensor))}
+        if stored in files:
+            sources[name] = (files[stored], stored)
+        elif all(part in files for part in parts.values()):
+            divided[name] = {part: (files[source], source) for part, source in parts.items()}
+            known |= parts.keys()
+        else:
+            return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
+    known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+    # transformers does not report these under ZeRO-3.
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     for name in sorted(files.keys() - known):
         if not any(re.search(pattern, name) for pattern in ignored):
             return (
                 f"{path} holds a tensor {name} that the model has no place for; name a checkpoint of this architecture"
             )
-    held = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
-    held |= {name: _whole(buffer) for name, buffer in stored_buffers(model).items()}
-    sources = {}
-    for name in held:
-        stored = stored_name(model, name, files)
-        if stored not in files:
-            return f"{path} holds no tensor for the weight {name}, which would stay random; name a complete checkpoint"
-        sources[name] = (files[stored], stored)
-    return difference_of_shards(held, sources)
+    problems = (
+        difference_of_shards({name: part_held(tensors[name]) for name in sources}, sources),
+        difference_of_divided(model, {name: tensors[name] for name in divided}, divided),
+    )
+    return problems[0] or problems[1]
+
+
+def hollow(tensor: Tensor) -> Tensor:
+    """Returns a tensor, of a parameter that may be sharded the whole one, without values: its shape and its dtype."""
+    shape = cast(ZeroParameter, tensor).ds_shape if isinstance(tensor, nn.Parameter) else tensor.shape
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def difference_of_divided(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], sources: Mapping[str, Mapping[str, tuple[str, str]]]
+) -> str | None:
+    """Compares weights that files hold in several tensors with these, bit for bit in their own dtype; collective.
+
+    Each weight is gathered, and one rank compares it.
+
+    Args:
+        model: the one that has the weights.
+        weights: by name.
+        sources: of each weight's tensors, by the names of ``as_stored``, a safetensors file and the name in there.
+
+    Returns:
+        None if what this rank has compared is equal, else one line that names the first that is not.
+    """
+    problem = None
+    for number, (name, weight) in enumerate(sorted(weights.items())):
+        with deepspeed.zero.GatheredParameters([weight]):
+            if problem is None and number % dist.get_world_size() == dist.get_rank():
+                try:
+                    problem = _difference_of_parts(as_stored(model, name, weight.detach()), sources[name])
+                except (OSError, SafetensorError) as error:
+                    problem = f"the file of {name} cannot be read: {first_line(error)}"
+    return problem
+
+
+def _difference_of_parts(parts: Mapping[str, Tensor], sources: Mapping[str, tuple[str, str]]) -> str | None:
+    for part, values in parts.items():
+        path, stored = sources[part]
+        with safe_open(path, framework="pt") as file:
+            expected = file.get_tensor(stored).to(values.dtype)
+        if expected.shape != values.shape:
+            return f"{path} holds {part} as {tuple(expected.shape)}, the model as {tuple(values.shape)}"
+        if not torch.equal(expected, values.cpu()):
+            return f"the weight {part} differs from the file {path}; the load or the file is broken"
+    return None
 
 
 def difference_of_shards(held: Mapping[str, Shard], sources: Mapping[str, tuple[str, str]]) -> str | None:

@@ -67,6 +67,8 @@ def load_causal_lm(
         raise UserError(f"the weights of {path} cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         title, _, mismatch = str(error).partition(":\n")
+        if title.startswith("Failed to apply weight conversion for"):
+            raise UserError(f"the checkpoint {path} does not fill its model: {first_line(error)}") from error
         if not title.startswith("Error(s) in loading state_dict"):
             raise
         raise UserError(f"the checkpoint {path} does not fill its model: {mismatch.strip().splitlines()[0]}") from error
@@ -78,6 +80,8 @@ def load_causal_lm(
                 f"({named}); name a complete checkpoint of this architecture"
             )
     disable_dropout(model)
+    # How names of old files were read, which says nothing of how to write any.
+    vars(model).pop("_weight_conversions", None)
     return model
 
 

@@ -39,6 +39,5 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for _, stored in [*model.named_parameters(), *model.named_buffers()]:
             if not stored.any():  # biases start at zero, where a lost one would not show
                 torch.nn.init.normal_(stored, std=0.2)
-        # Under the names that the model itself has, not those of the first release of its family.
-        model.save_pretrained(folders[name], save_original_format=False)
+        model.save_pretrained(folders[name])
     return folders

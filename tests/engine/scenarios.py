@@ -23,7 +23,7 @@ from dpo_ds.engine.export import Probe, export
 from dpo_ds.engine.machines import MachineMetrics
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
-from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of, stored_buffers
+from dpo_ds.engine.shards import difference_from_files, fingerprint, load_sharded, shard_of, stored_buffers
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.gate import check_equal_scores, check_heads, starts_equal
 from dpo_ds.launcher.identity import Identity
@@ -156,6 +156,14 @@ def machines_are_told_apart(world: World, model: str) -> None:
         for name, value in found.items():
             largest = psutil.virtual_memory().total / 2**30 if name.endswith("gib") else 1000
             assert 0 <= value < largest, (name, value)
+
+
+def other_expert_is_found(world: World, model: str, other: str) -> None:
+    """A mixture's experts are one weight of the model and a tensor each in files."""
+    policy = engines_of(model, world).policy.model.model
+    assert world.gather(difference_from_files(policy, model)) == [None] * world.size
+    [problem] = [found for found in world.gather(difference_from_files(policy, other)) if found]
+    assert "the weight model.layers.1.mlp.experts.2.up_proj.weight differs from the file" in problem
 
 
 def unlike_reference_cannot_follow(world: World, model: str, other: str) -> None:

@@ -20,6 +20,7 @@ from tests.ranks import REPOSITORY, run_ranks
 
 pytestmark = pytest.mark.ranks
 
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 SCENARIOS = REPOSITORY / "tests/engine/scenarios.py"
 
@@ -72,6 +73,8 @@ def job(tiny_models, tmp_path_factory) -> Path:
     )
     extra = tampered(tiny_models["llama"], folder / "extra", lambda t: t.update({"model.layers.7.w": torch.zeros(2)}))
     swapped = tampered(tiny_models["llama"], folder / "swapped", swap_two_weights)
+    unlike = tampered(tiny_models["deepseek_v3"], folder / "unlike", lambda t: t[EXPERT][0, :1].add_(1e-3))
+    expertless = tampered(tiny_models["deepseek_v3"], folder / "expertless", lambda t: t.pop(EXPERT))
     unbiased = tampered(tiny_models["deepseek_v3"], folder / "unbiased", lambda t: t.pop(ROUTER_BIAS))
     alone = [
         ["fingerprints", [llama, str(folder / "fingerprint{ranks}")]],
@@ -83,6 +86,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
             *([name, [routed if name == "moved_buffer_is_found" else llama]] for name in IN_ONE_PIECE),
             ["reference_stays", [tied]],
             ["unlike_reference_cannot_follow", [llama, routed]],
+            ["other_expert_is_found", [routed, str(unlike)]],
             ["machines_are_told_apart", [llama]],
             ["first_scores", [llama, "float32"]],
             ["first_scores", [llama, "bfloat16"]],
@@ -96,6 +100,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
             ["broken_checkpoint_is_refused", [str(lacking), "q_proj"]],
             ["broken_checkpoint_is_refused", [str(extra), "model.layers.7"]],
             ["broken_checkpoint_is_refused", [str(unbiased), "e_score_correction_bias"]],
+            ["broken_checkpoint_is_refused", [str(expertless), "experts"]],
             ["fingerprints", [str(swapped), str(folder / "fingerprint-swapped")]],
             *(
                 ["gradient_norm", [llama, str(folder / f"trained{n}"), training_options(way, folder)]]
@@ -154,6 +159,10 @@ def test_machines_are_told_apart(job):
     expect_passed(job, "machines_are_told_apart")
 
 
+def test_an_expert_that_is_not_the_files_is_found(job):
+    expect_passed(job, "other_expert_is_found")
+
+
 def test_a_reference_of_another_architecture_cannot_follow(job):
     expect_passed(job, "unlike_reference_cannot_follow")
 
@@ -196,7 +205,7 @@ def test_gradients_are_the_same_however_memory_is_saved(job, way):
     assert norms[0] != pytest.approx(norms[1], rel=1e-3), "the steps are too small to tell anything"
 
 
-@pytest.mark.parametrize("problem", ["lacking", "extra", "unbiased"])
+@pytest.mark.parametrize("problem", ["lacking", "extra", "unbiased", "expertless"])
 def test_a_checkpoint_that_does_not_fill_its_model_exactly_is_refused_on_every_rank(job, problem):
     expect_passed(job, "broken_checkpoint_is_refused", str(job / problem))
 
@@ -250,7 +259,9 @@ def test_a_file_begins_as_the_library_would_begin_it(tmp_path):
         "mask": torch.tensor([True, False, True]),
         "nothing": torch.zeros(0, 4),
     }
-    header, order = safetensors_layout(tensors)
-    data = b"".join(tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in order)
+    content, places = safetensors_layout(tensors)
+    for name, place in places.items():
+        assert place == len(content)
+        content += tensors[name].flatten().view(torch.uint8).numpy().tobytes()
     save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
-    assert header + data == (tmp_path / "expected").read_bytes()
+    assert content == (tmp_path / "expected").read_bytes()

@@ -23,7 +23,10 @@ KINDS = [
     "without the backbone's prefix",
     "with a tied head of its own",
     "in bfloat16",
+    "with experts in one tensor",
 ]
+DIVIDED = "deepseek_v3"
+"""Its experts are a tensor each in its file, which transformers puts together."""
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
@@ -40,7 +43,10 @@ def written_in_kinds(models: dict[str, Path], folder: Path) -> dict[str, Path]:
     several.generation_config = GenerationConfig(temperature=0.7, do_sample=True)
     several.save_pretrained(folder / "several", max_shard_size="20KB")
     assert len([*(folder / "several").glob("*.safetensors")]) > 2
+    fused = AutoModelForCausalLM.from_pretrained(models[DIVIDED])
+    fused.save_pretrained(folder / "fused", save_original_format=False)
     return {
+        "with experts in one tensor": folder / "fused",
         "in several files": folder / "several",
         "without the backbone's prefix": changed(
             models["gpt2"],
@@ -75,7 +81,11 @@ def outcomes(tiny_models, tmp_path_factory) -> dict[str, list[str]]:
         lambda tensors: tensors | {"model.norm.weight": torch.ones(33)},
     )
     agenda: list[list[Any]] = [
-        *(["loads_alike", [str(models[f]), dtype]] for f in FAMILIES for dtype in ("float32", "bfloat16")),
+        *(
+            ["loads_alike", [str(models[f]), dtype, f != DIVIDED]]
+            for f in FAMILIES
+            for dtype in ("float32", "bfloat16")
+        ),
         *(["loads_alike", [str(kinds[k]), dtype]] for k in KINDS for dtype in ("float32", "bfloat16")),
         ["is_refused", [str(wide), "does not fill its model: size mismatch for model.norm.weight"]],
     ]
