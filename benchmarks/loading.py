@@ -103,8 +103,10 @@ def _load(args: argparse.Namespace) -> None:
 
     from dpo_ds.engine import World
     from dpo_ds.engine.ds_config import reference_ds_config
+    from dpo_ds.engine.loading import load_sharded
     from dpo_ds.engine.meeting import Meeting
-    from dpo_ds.engine.shards import difference_from_files, fingerprint, load_sharded
+    from dpo_ds.engine.shards import fingerprint
+    from dpo_ds.engine.weight_files import difference_from_files
     from dpo_ds.launcher.identity import Identity
     from dpo_ds.models.causal_lm import load_causal_lm
 

@@ -34,7 +34,7 @@ from dpo_ds.engine.export import why_not_replaceable
 from dpo_ds.engine.extensions import build_extensions
 from dpo_ds.engine.optimizers import OptimizerSettings
 from dpo_ds.engine.policy import swaps_to_files
-from dpo_ds.engine.shards import stored_parameters
+from dpo_ds.engine.weight_files import stored_parameters
 from dpo_ds.errors import UserError
 from dpo_ds.models.adapters import Adapter, check_adapter
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
+from dpo_ds.engine.loading import load_sharded
 from dpo_ds.engine.optimizers import OptimizerSettings
 from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
-from dpo_ds.engine.shards import load_sharded
 from dpo_ds.engine.world import World
 from dpo_ds.models.adapters import Adapter
 from dpo_ds.models.causal_lm import checkpoint_activations

@@ -24,14 +24,8 @@ from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.tokenization import Tokenizer
 from dpo_ds.engine import initialize_reference
 from dpo_ds.engine.policy import PolicyEngine
-from dpo_ds.engine.shards import (
-    INDEX,
-    difference_of_divided,
-    difference_of_shards,
-    hollow,
-    part_held,
-    stored_buffers,
-)
+from dpo_ds.engine.shards import hollow, part_held, stored_buffers
+from dpo_ds.engine.weight_files import INDEX, difference_of_divided, difference_of_shards
 from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import settled, sync_folder

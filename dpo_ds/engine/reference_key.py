@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpo_ds.engine.shards import find_file, tensor_files
+from dpo_ds.engine.weight_files import find_file, tensor_files
 from dpo_ds.engine.world import World
 
 BLOCK_PAIRS = 2048

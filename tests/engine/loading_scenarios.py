@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 
 from dpo_ds.engine import World
-from dpo_ds.engine.shards import fingerprint, load_sharded, shard_of
+from dpo_ds.engine.loading import load_sharded
+from dpo_ds.engine.shards import fingerprint, shard_of
 from dpo_ds.errors import UserError
 from dpo_ds.models.causal_lm import load_causal_lm
 from tests.engine.scenarios import DTYPES, REFERENCE_CONFIG, main

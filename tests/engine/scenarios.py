@@ -20,10 +20,12 @@ from dpo_ds.data.batch import PairBatch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, OptimizerSettings, World, initialize
 from dpo_ds.engine.export import Probe, export
+from dpo_ds.engine.loading import load_sharded
 from dpo_ds.engine.machines import MachineMetrics
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.reference import ReferenceEngine
-from dpo_ds.engine.shards import difference_from_files, fingerprint, load_sharded, shard_of, stored_buffers
+from dpo_ds.engine.shards import fingerprint, shard_of, stored_buffers
+from dpo_ds.engine.weight_files import difference_from_files
 from dpo_ds.errors import RunError, UserError
 from dpo_ds.gate import check_equal_scores, check_heads, starts_equal
 from dpo_ds.launcher.identity import Identity
