@@ -30,6 +30,7 @@ _OWNED = {
     "gradient_accumulation_steps": "it follows from train.pairs_per_step and train.tokens_per_micro_batch",
     "managed_gradient_accumulation": "the number of micro-batches varies from step to step",
     "scheduler": "train.schedule and train.warmup_ratio set the learning rate",
+    "compile.deepcompile": "DeepCompile wants as many micro-batches in every step, whose number varies here",
     "bfloat16": 'its name is "bf16"',
     "bf16.bf16_master_weights_and_grads": "at DPO's learning rates most updates of bfloat16 masters round to nothing; "
     "offload float32 masters instead (ds_configs/zero3_offload_optimizer.json)",

@@ -54,25 +54,28 @@ class Pulse:
         self._selector = selectors.DefaultSelector()
         self._token = secrets.token_hex(16)
 
-    def listen(self) -> Place:
-        """Listens for the other machines, on rank 0, and returns where."""
+    def listen(self) -> Place | None:
+        """Listens for the other machines, on rank 0, and returns where; where it cannot, it warns."""
         both = socket.has_dualstack_ipv6()
-        server = socket.create_server(
-            ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=1024
-        )
+        family = socket.AF_INET6 if both else socket.AF_INET
+        try:
+            server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
+        except OSError as error:
+            _warn(f"cannot listen for the other machines ({error})")
+            return None
         server.setblocking(False)
         self._selector.register(server, selectors.EVENT_READ, partial(self._accept, server))
         self._start()
         return Place(socket.gethostname(), server.getsockname()[1], self._token)
 
     def connect(self, place: Place) -> None:
-        """Connects to rank 0's machine.
-
-        Raises:
-            OSError: it cannot be reached there.
-        """
-        connection = socket.create_connection((os.environ["MASTER_ADDR"], place.port), timeout=_GREETING_S)
-        connection.sendall(f"{place.token} {socket.gethostname()}\n".encode())
+        """Connects to rank 0's machine, or warns that it cannot be reached."""
+        try:
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], place.port), timeout=_GREETING_S)
+            connection.sendall(f"{place.token} {socket.gethostname()}\n".encode())
+        except OSError as error:
+            _warn(f"cannot reach {place.host} at port {place.port} ({error})")
+            return
         self._hold(connection, place.host)
         self._start()
 
@@ -87,6 +90,9 @@ class Pulse:
         while not self._over.is_set():
             for ready, _ in self._selector.select(_POLL_S):
                 ready.data()
+        for key in [*self._selector.get_map().values()]:
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
 
     def _accept(self, server: socket.socket) -> None:
         with suppress(OSError):
@@ -124,7 +130,7 @@ class Pulse:
 
 
 def watch_machines(
-    identity: Identity, share: Callable[[Place | None], Place], *, silence_s: float
+    identity: Identity, share: Callable[[Place | None], Place | None], *, silence_s: float
 ) -> Callable[[], None]:
     """Ends this process when another machine is gone; where all ranks are on one machine, nothing.
 
@@ -142,17 +148,14 @@ def watch_machines(
         return lambda: None
     pulse = Pulse(silence_s, partial(_end, identity.rank, silence_s))
     place = share(pulse.listen() if identity.rank == 0 else None)
-    if identity.rank != 0 and identity.speaks_for_node:
-        try:
-            pulse.connect(place)
-        except OSError as error:
-            print(
-                f"warning: {socket.gethostname()} cannot reach {place.host} at port {place.port} ({error}), so that a "
-                "cut between them ends this run only by the other timeouts.*",
-                file=sys.stderr,
-                flush=True,
-            )
+    if place is not None and identity.rank != 0 and identity.speaks_for_node:
+        pulse.connect(place)
     return pulse.close
+
+
+def _warn(what: str) -> None:
+    consequence = "a cut link ends this run by the other timeouts.* alone"
+    print(f"warning: {socket.gethostname()} {what}: {consequence}", file=sys.stderr, flush=True)
 
 
 def _end(rank: int, silence_s: float, host: str) -> None:

@@ -11,7 +11,7 @@ from dpo_ds.launcher.identity import Identity
 SILENCE_S = 4
 
 
-def _share(place: Place | None) -> Place:
+def _share(place: Place | None) -> Place | None:
     file = Path(sys.argv[1], "place.json")
     if place is not None:
         file.with_suffix(".tmp").write_text(json.dumps(vars(place)))

@@ -155,6 +155,7 @@ def test_stated_values_are_named_as_in_the_run_file(written):
         ({**STAGE_3, "train_micro_batch_size_per_gpu": 8}, "per_gpu must not be here: train.tokens_per_micro_batch"),
         ({**STAGE_3, "gradient_accumulation_steps": 8}, "steps must not be here: it follows from train.pairs_per_step"),
         ({**STAGE_3, "managed_gradient_accumulation": True}, "accumulation must not be here: the number of micro-b"),
+        ({**STAGE_3, "compile": {"deepcompile": True}}, "compile.deepcompile must not be here: DeepCompile wants"),
         ({**STAGE_3, "scheduler": {"type": "WarmupLR"}}, ": scheduler must not be here: train.schedule"),
         ({**STAGE_3, "optimizer": {"type": "AdamW"}}, ": optimizer must not be here: "),
         (
