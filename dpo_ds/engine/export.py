@@ -7,8 +7,10 @@ engine that must score as the policy does, and only then renamed.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -285,23 +287,68 @@ def _unseen(sizes: Mapping[Path, int | None]) -> str | None:
 
 def _write_weights(model: PreTrainedModel, folder: Path, contents: _Contents, world: World) -> str | None:
     """Writes this rank's files; returns why one could not be written."""
-    # By hand, since the library wants all of a file's tensors at once.
-    place_of, problem = dict[str, tuple[Path, int]](), None
-    mine = [file for number, file in enumerate(contents.files) if number % world.size == world.rank]
-    for file in mine:
-        begin, offsets = contents.layout(file)
-        place_of |= {name: (folder / file, offset) for name, offset in offsets.items()}
-        problem = problem or _write(folder / file, 0, begin)
-    # A rank that left here, or gathered no more, would leave the others in a collective.
+    files = _Files(folder)
+    for number, file in enumerate(contents.files):
+        if number % world.size == world.rank:
+            files.begin(file, *contents.layout(file))
     for name, tensor in _whole_tensors(model, contents.live, world):
-        if problem is not None or place_of.keys().isdisjoint(contents.parts[name]):
-            continue
-        stored = {name: tensor} if name in contents.tensors else as_stored(model, name, tensor)
-        for part, values in stored.items():
-            if part in place_of:
-                bits = values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
-                problem = problem or _write(*place_of[part], bits)
-    return problem
+        if files.want(contents.parts[name]):
+            stored = {name: tensor} if name in contents.tensors else as_stored(model, name, tensor)
+            for part, values in stored.items():
+                files.write(part, values)
+    return files.close()
+
+
+class _Files:
+    """Safetensors files that are written tensor by tensor; the library wants all of a file's at once.
+
+    What cannot be written is noted: a rank that raised would leave the others in a collective.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened = ExitStack()
+        self._place_of: dict[str, tuple[FileIO, int]] = {}
+        self._problem: str | None = None
+
+    def begin(self, name: str, header: bytes, offsets: Mapping[str, int]) -> None:
+        """Opens a file and writes what stands before its tensors, which begin at the offsets."""
+        with self._noting():
+            file = self._opened.enter_context((self._folder / name).open("wb", buffering=0))
+            _write(file, memoryview(header))
+            self._place_of |= {tensor: (file, offset) for tensor, offset in offsets.items()}
+
+    def want(self, names: Iterable[str]) -> bool:
+        """Returns whether any of these tensors is still to be written here."""
+        return self._problem is None and not self._place_of.keys().isdisjoint(names)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a whole tensor, if it belongs into one of these files."""
+        if not self.want([name]):
+            return
+        file, offset = self._place_of[name]
+        bits = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        with self._noting():
+            file.seek(offset)
+            _write(file, bits)
+
+    def close(self) -> str | None:
+        """Returns why something could not be written, or None."""
+        with self._noting():
+            self._opened.close()
+        return self._problem
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._problem = self._problem or first_line(error)
+
+
+def _write(file: FileIO, bits: memoryview) -> None:
+    while bits:
+        bits = bits[file.write(bits) :]
 
 
 def _whole_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
@@ -317,16 +364,6 @@ def _whole_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], world:
             yield name, tensor
         world.trim_memory()  # else what each has left behind would add up to the model
         world.progressed()
-
-
-def _write(path: Path, offset: int, bits: bytes | memoryview) -> str | None:
-    try:
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.seek(offset)
-            file.write(bits)
-    except OSError as error:
-        return first_line(error)
-    return None
 
 
 def _difference(model: PreTrainedModel, folder: Path, contents: _Contents) -> str | None:
