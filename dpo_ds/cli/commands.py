@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "check a run, print what it would do, and leave nothing behind; with [--nodes N] --gpus N [--gpu_gib N]\n"
     "           [--host_gib N] say what memory it takes, whether that fits, and else what would",
     "prepare": "check a run and tokenize its data, so that no rank waits for it later",
+    "resize": "--model M --tokenizer T --out FOLDER: a copy of a model with rows for all of a tokenizer's tokens",
 }
 USAGE = "usage: python -m dpo_ds COMMAND --config RUN.yaml [--section.key value ...]\n\n" + "\n".join(
     f"  {name:<9}{text}" for name, text in COMMANDS.items()
@@ -57,6 +58,11 @@ def _run(command: str, argv: Sequence[str]) -> None:
         from dpo_ds.cli.launch import launch
 
         sys.exit(launch(argv))
+    if command == "resize":
+        from dpo_ds.cli.resize import resize
+
+        print(resize(argv))
+        return
     options, arguments = _options_of_plan().parse_known_args(argv) if command == "plan" else (None, argv)
     run = parse_run(arguments)._replace(dry_run=command == "plan")
     os.environ.update(run.config.env)

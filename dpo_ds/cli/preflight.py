@@ -554,7 +554,8 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer {tokenizer.name} knows {tokenizer.vocab_size} tokens, but the embedding of model.policy "
-            f"{policy} has {rows} rows; name the model's own tokenizer, or resize the embedding and save the model"
+            f"{policy} has {rows} rows; name the model's own tokenizer, or give the model rows for this one: "
+            f"python -m dpo_ds resize --model {policy} --tokenizer {tokenizer.name} --out FOLDER"
         )
     if (adapter := _adapter(config)) is not None:
         check_adapter(adapter, policy_config)
