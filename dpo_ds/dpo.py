@@ -233,4 +233,4 @@ def _response_logps(model: nn.Module, ids: Tensor, response_mask: Tensor) -> Ten
             f"that has them as .logits, got {got}"
         )
     logps = target_logps(logits[is_scored], targets[is_scored])
-    return sum_by_response(logps, is_scored.nonzero()[:, 0], responses=len(ids))
+    return sum_by_response(logps, is_scored.nonzero()[:, 0], responses=len(ids)).float()

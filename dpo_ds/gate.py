@@ -1,18 +1,19 @@
 """What must hold before the first update: heads, the layout of rows, and equal scores of equal weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dpo_ds.data.batch import PairBatch, padded_batch
+from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.engine import Engines, PolicyEngine, World
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.errors import RunError, UserError
-from dpo_ds.models.attention import share_prompts
+from dpo_ds.models.attention import share_prompts, why_not_packable
+from dpo_ds.models.row_parts import RowParts
 from dpo_ds.models.scorer import Scorer
 
 PER_TOKEN_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -40,9 +41,8 @@ def check_heads(engines: Engines, pair: TokenizedPair, *, world: World) -> None:
     Raises:
         UserError: a model does something between its last hidden state and its logits that the scorer does not know.
     """
-    for role, engine in (("policy", engines.policy), ("reference", engines.reference)):
-        if engine is not None:
-            check_head(engine.model, pair, key=f"model.{role}", dtype=engines.policy.dtype, world=world)
+    for key, scorer in engines.scorers.items():
+        check_head(scorer, pair, key=key, dtype=engines.policy.dtype, world=world)
 
 
 def check_head(scorer: Scorer, pair: TokenizedPair, *, key: str, dtype: torch.dtype, world: World) -> None:
@@ -60,40 +60,32 @@ def check_head(scorer: Scorer, pair: TokenizedPair, *, key: str, dtype: torch.dt
 
 
 def choose_layout(
-    engines: Engines, pair: TokenizedPair, *, layout: Literal["auto", "packed", "padded"], world: World
-) -> bool:
-    """Returns whether pairs share rows, for which both models are then made ready; collective.
-
-    Args:
-        engines: policy and reference.
-        pair: any pair of the data; pieces of it prove that packed pairs score as single ones do.
-        layout: ``train.layout``.
-        world: the ranks.
-
-    Raises:
-        UserError: ``packed`` is wanted, and a model cannot do it.
-    """
-    scorers = [engine.model for engine in engines if engine is not None]
-    return choose_layout_of(scorers, pair, layout=layout, dtype=engines.policy.dtype, world=world)
-
-
-def choose_layout_of(
-    scorers: Sequence[Scorer],
+    scorers: Mapping[str, Scorer],
     pair: TokenizedPair,
     *,
     layout: Literal["auto", "packed", "padded"],
     dtype: torch.dtype,
     world: World,
 ) -> bool:
-    """Does what ``choose_layout`` does for any scorers of one dtype."""
+    """Returns whether pairs share rows, for which all models are then made ready; collective.
+
+    Args:
+        scorers: by their keys in the run file.
+        pair: any pair of the data; pieces of it prove that packed pairs score as single ones do.
+        layout: ``train.layout``.
+        dtype: of the weights.
+        world: the ranks.
+
+    Raises:
+        UserError: ``packed`` is wanted, and a model cannot do it.
+    """
     if layout == "padded":
         return False
-    pieces = [_piece(pair, 32), _piece(pair, 12), _piece(pair, 20)]
-    bound = PACKED_BOUND[dtype]
-    reasons = [scorer.why_not_packed(pieces, bound=bound, device=world.device) for scorer in scorers]
+    pieces, bound = _pieces(pair), PACKED_BOUND[dtype]
+    reasons = [scorer.why_not_packed(pieces, bound=bound, device=world.device) for scorer in scorers.values()]
     reason = next((named for found in world.gather(reasons) for named in found if named), None)
     if reason is None:
-        for scorer in scorers:
+        for scorer in scorers.values():
             share_prompts(scorer.model)
         return True
     if layout == "packed":
@@ -101,6 +93,44 @@ def choose_layout_of(
     if world.rank == 0:
         print(f"rows are padded, since {reason}", flush=True)
     return False
+
+
+def split_rows(
+    scorers: Mapping[str, Scorer],
+    pair: TokenizedPair,
+    *,
+    row_parts: RowParts | None,
+    packed: bool,
+    dtype: torch.dtype,
+    world: World,
+) -> None:
+    """Lets the ranks of a sequence-parallel group share rows, once all models have proven that they can; collective.
+
+    Args:
+        scorers: by their keys in the run file.
+        pair: as in ``choose_layout``, which has been called.
+        row_parts: the ranks of this rank's group; None: it is alone, and nothing changes.
+        packed: what ``choose_layout`` returned.
+        dtype: of the weights.
+        world: the ranks.
+
+    Raises:
+        UserError: a model cannot do it.
+    """
+    if row_parts is None:
+        return
+    batch = (packed_batch if packed else padded_batch)(_pieces(pair)).to(world.device)
+    for key, scorer in scorers.items():
+        reason = why_not_packable(scorer.model)  # padded rows need that attention here, too
+        if reason is None:
+            share_prompts(scorer.model)
+            reason = scorer.why_not_split(batch, row_parts, bound=PACKED_BOUND[dtype])
+        world.agree(reason and f"train.sequence_parallel_size must be 1 for {key}: {reason}")
+        scorer.row_parts = row_parts
+
+
+def _pieces(pair: TokenizedPair) -> list[TokenizedPair]:
+    return [_piece(pair, 32), _piece(pair, 12), _piece(pair, 20)]
 
 
 def _piece(pair: TokenizedPair, tokens: int) -> TokenizedPair:

@@ -27,7 +27,8 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
 def sum_by_response(logps: Tensor, response_of: Tensor, *, responses: int) -> Tensor:
     """Sums token log-probs over each response: ``log pi(y|x)``, Rafailov et al. 2023, section 3, arXiv:2305.18290.
 
-    The sum runs in float64, so that its order (a GPU's atomic adds, another layout) vanishes when it is rounded.
+    The sum is one of float64, so that its order (a GPU's atomic adds, another layout, parts on several ranks) vanishes
+    when it is rounded.
 
     Args:
         logps: ``(tokens,)``.
@@ -35,10 +36,10 @@ def sum_by_response(logps: Tensor, response_of: Tensor, *, responses: int) -> Te
         responses: how many responses there are.
 
     Returns:
-        ``(responses,)``, float32.
+        ``(responses,)``, float64, to be rounded.
     """
     sums = logps.new_zeros(responses, dtype=torch.float64)
-    return sums.index_add(0, response_of, logps.double()).float()
+    return sums.index_add(0, response_of, logps.double())
 
 
 def chunked_target_logps(

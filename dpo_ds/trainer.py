@@ -28,7 +28,7 @@ from dpo_ds.data.schedule import (
     plan_training,
     regroup,
 )
-from dpo_ds.engine import Engines, ReferenceEngine, World
+from dpo_ds.engine import DataParallel, Engines, ReferenceEngine, World
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, complete_checkpoints
 from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement
@@ -96,6 +96,7 @@ class Trainer:
         train: Feed,
         evaluation: PreparedPairs | None,
         world: World,
+        data_parallel: DataParallel,
         tracker: Tracker,
         checkpoints: Checkpoints,
         matmul_flops: float,
@@ -113,6 +114,7 @@ class Trainer:
             train: pairs to train on, step by step.
             evaluation: held-out pairs, or None.
             world: the ranks.
+            data_parallel: which of them score which pairs.
             tracker: where metrics go on global rank 0; one that keeps nothing elsewhere.
             checkpoints: where the run is saved.
             matmul_flops: operations a second of all ranks' matrix products together, for ``mfu``.
@@ -127,6 +129,7 @@ class Trainer:
         self._train = train
         self._evaluation = evaluation
         self._world = world
+        self._data_parallel = data_parallel
         self._tracker = tracker
         self._checkpoints = checkpoints
         self._progress = Progress()
@@ -169,7 +172,7 @@ class Trainer:
             logps = _pair_logps(batch, self._engines.policy.score(self._for_reference(batch)), reference)
             for name, pairs in (("loss", logps), ("expected", logps.unmoved())):
                 tally.add(name, self._objective(pairs, labels=batch.labels).losses, weights=batch.weights)
-        means = tally.means(self._world.sum(tally.packed()))
+        means = tally.means(self._data_parallel.sum(tally.packed()))
         check_first_loss(means["loss"], expected=means["expected"], dtype=self._engines.policy.dtype)
         return True
 
@@ -278,7 +281,7 @@ class Trainer:
         clock.lap("seconds/policy")
         for name in ("seconds/reference", "seconds/policy"):
             tally.add(name, clock.laps[name])
-        packed = self._world.sum(tally.packed())
+        packed = self._data_parallel.sum(tally.packed())
         means, sums = tally.means(packed), tally.sums(packed)
         clock.lap("seconds/wait")
         if not math.isfinite(means["loss"]):
@@ -330,7 +333,7 @@ class Trainer:
         plan = plan_evaluation(
             range(len(self._evaluation)),
             rows=self._rows(self._evaluation),
-            ranks=self._world.size,
+            ranks=self._data_parallel.size,
             tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
         )
         tally = Tally(self._world.device)
@@ -343,7 +346,7 @@ class Trainer:
             ("source", names, part),
             ("length", length_names(length_of), torch.from_numpy(length_of)),
         )
-        mine = plan[self._world.rank]
+        mine = plan[self._data_parallel.rank]
         scored = [
             (self._score(batch, reference), batch.labels, batch.weights)
             for batch, reference in self._scored(self._evaluation, plan)
@@ -355,7 +358,7 @@ class Trainer:
             for kind, named, group_of in groups:
                 numbers = group_of[list(micro_batch.pairs)].to(self._world.device)
                 add_groups(tally, loss, kind=kind, names=named, groups=numbers, weights=weights)
-        packed = self._world.sum(tally.packed())
+        packed = self._data_parallel.sum(tally.packed())
         metrics = tally.means(packed)
         line: dict[str, Any] = {"step": after_step, "split": "eval", **metrics, "pairs": len(self._evaluation)}
         answers = {"answers": self._answers()} if self._answers else {}
@@ -429,7 +432,7 @@ class Trainer:
         return plan_training(
             indices,
             rows=self._rows(among),
-            ranks=self._world.size,
+            ranks=self._data_parallel.size,
             tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
         )
 
@@ -443,7 +446,7 @@ class Trainer:
         return PaddedRows(pairs.lengths.longer)
 
     def _batches(self, pairs: PreparedPairs, plan: Plan) -> Iterator[PairBatch]:
-        for micro_batch in plan[self._world.rank]:
+        for micro_batch in plan[self._data_parallel.rank]:
             lay_out = packed_batch if self._packed else padded_batch
             batch = lay_out([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
             yield batch.to(self._world.device)
@@ -451,20 +454,20 @@ class Trainer:
     def _step_reference_logps(self, among: PreparedPairs, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
         budget = self._config.reference.tokens_per_micro_batch
         if budget is None or self._engines.reference is None:
-            mine = zip(plan[self._world.rank], batches, strict=True)
+            mine = zip(plan[self._data_parallel.rank], batches, strict=True)
             return [self._reference_logps(among, micro_batch.pairs, batch) for micro_batch, batch in mine]
         larger = regroup(plan, rows=self._rows(among), tokens_per_micro_batch=budget)
         logps = {
             pair: scores
-            for micro_batch, batch in zip(larger[self._world.rank], self._batches(among, larger), strict=True)
+            for micro_batch, batch in zip(larger[self._data_parallel.rank], self._batches(among, larger), strict=True)
             for pair, scores in zip(
                 micro_batch.pairs, self._engines.reference.score(self._for_reference(batch)).T, strict=True
             )
         }
-        return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._world.rank]]
+        return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._data_parallel.rank]]
 
     def _scored(self, pairs: PreparedPairs, plan: Plan) -> Iterator[tuple[PairBatch, Tensor]]:
-        for micro_batch, batch in zip(plan[self._world.rank], self._batches(pairs, plan), strict=True):
+        for micro_batch, batch in zip(plan[self._data_parallel.rank], self._batches(pairs, plan), strict=True):
             yield batch, self._reference_logps(pairs, micro_batch.pairs, batch)
 
     def _reference_logps(self, pairs: PreparedPairs, indices: Sequence[int], batch: PairBatch) -> Tensor:
@@ -542,9 +545,9 @@ class Trainer:
             plan,
             logps,
             [said.weights for said in labels],
-            rank=self._world.rank,
+            rank=self._data_parallel.rank,
             running=self._running,
-            sum_over_ranks=self._world.sum,
+            sum_over_ranks=self._data_parallel.sum,
         )
 
     def _score(self, batch: PairBatch, reference: Tensor) -> PairLogps:
@@ -570,11 +573,11 @@ class Trainer:
     def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, suspects: Sequence[Tensor]) -> NoReturn:
         mine = [
             pair
-            for micro_batch, values in zip(plan[self._world.rank], suspects, strict=True)
+            for micro_batch, values in zip(plan[self._data_parallel.rank], suspects, strict=True)
             for pair, value in zip(micro_batch.pairs, values.tolist(), strict=True)
             if micro_batch.weight and not math.isfinite(value)
         ]
-        bad = sorted(pair for pairs in self._world.gather(mine) for pair in pairs)
+        bad = sorted(pair for pairs in self._data_parallel.gather(mine) for pair in pairs)
         self._stop_at(step, among, "the loss is not finite", bad)
 
     def _stop_at(

@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
     # Only now, so that --help and a mistyped key are answered at once.
     from dpo_ds.cli.reference import cached_reference
-    from dpo_ds.engine import World
+    from dpo_ds.engine import DataParallel, World
     from dpo_ds.engine.stopping import stoppable
 
     world = World.join(identity, meeting)
     inputs = world.broadcast(found)
     world.allow(asdict(inputs.config.timeouts))
     with stoppable(request, world=world, folder=Path(inputs.config.output_dir)) as agreement:
-        cached_reference(inputs, world=world, agreement=agreement, checks=True)
+        data_parallel = DataParallel(world, sequence_parallel_size=inputs.config.train.sequence_parallel_size)
+        cached_reference(inputs, world=world, data_parallel=data_parallel, agreement=agreement, checks=True)
     world.leave()

@@ -40,6 +40,7 @@ from dpo_ds.models.adapters import Adapter, check_adapter
 from dpo_ds.models.causal_lm import load_model_config, longest_sequence, vocabulary_size
 from dpo_ds.models.hub import fetch, held
 from dpo_ds.models.routing import why_no_routing_loss
+from dpo_ds.models.row_parts import why_not_splittable
 from dpo_ds.models.tokenizer import load_tokenizer
 from dpo_ds.tracking import METRICS_FILE, SUMMARY_FILE
 from dpo_ds.trainer import objective_of
@@ -272,6 +273,7 @@ def _checked(
     commits = _fetched(config, reference=reference, weights=not run.dry_run)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     _check_models(config, policy, reference, tokenizer)
+    _check_sequence_parallel(config, reference, ranks=ranks)
     _check_room(config, folder, trains=trains)
 
     stream = _stream(config, tokenizer, folder / "data") if config.data.streaming else None
@@ -414,7 +416,8 @@ def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
 
 _CHANGEABLE = {
     *("data.train", "data.eval", "data.max_dropped", "data.processes", "data.streaming"),
-    *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch", "train.eval_every"),
+    *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch"),
+    *("train.sequence_parallel_size", "train.eval_every"),
 }
 
 
@@ -576,6 +579,17 @@ def _check_models(config: RunConfig, policy: str, reference: str | None, tokeniz
             raise UserError(
                 f"data.max_length must be <= {positions}, the positions of {key}, got {config.data.max_length}"
             )
+
+
+def _check_sequence_parallel(config: RunConfig, reference: str | None, *, ranks: int) -> None:
+    size, model = config.train.sequence_parallel_size, config.model
+    if ranks % size:
+        raise UserError(f"train.sequence_parallel_size must divide the number of ranks, {ranks}, got {size}")
+    for key, path in {"model.policy": model.policy, "model.reference": reference}.items():
+        if path is not None and size > 1:
+            problem = why_not_splittable(load_model_config(path, trust_remote_code=model.trust_remote_code), size)
+            if problem is not None:
+                raise UserError(f"train.sequence_parallel_size cannot be {size} for {key} {path}: {problem}")
 
 
 def _check_sizes(

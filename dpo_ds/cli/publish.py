@@ -63,7 +63,6 @@ def export_policy(
             inputs.reference_config,
             config.model.attention,
             trust,
-            packed=packed,
             bound=_bound(inputs, world),
             adapter_of=inputs.policy if inputs.exports_adapter else None,
         ),

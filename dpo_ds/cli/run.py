@@ -19,7 +19,7 @@ from dpo_ds.cli.publish import export_policy, push_to_hub
 from dpo_ds.cli.reference import cached_reference
 from dpo_ds.config import dump_yaml
 from dpo_ds.data.prepared import PreparedPairs, open_prepared
-from dpo_ds.engine import Engines, ReferenceEngine, World, initialize
+from dpo_ds.engine import DataParallel, Engines, ReferenceEngine, World, initialize
 from dpo_ds.engine.answers import greedy_answers
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress
 from dpo_ds.engine.export import lack_of_room
@@ -29,7 +29,7 @@ from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
 from dpo_ds.errors import Stopped, UserError
 from dpo_ds.files import write_whole
-from dpo_ds.gate import check_heads, choose_layout
+from dpo_ds.gate import check_heads, choose_layout, split_rows
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -91,8 +91,11 @@ def _introduce(world: World) -> None:
 
 def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identity) -> None:
     config, folder = inputs.config, Path(inputs.config.output_dir)
-    # First, so that its weights are gone before the policy's come.
-    cached = cached_reference(inputs, world=world, agreement=agreement) if config.reference.mode == "cache" else None
+    data_parallel = DataParallel(world, sequence_parallel_size=config.train.sequence_parallel_size)
+    cached = None
+    if config.reference.mode == "cache":
+        # First, so that its weights are gone before the policy's come.
+        cached = cached_reference(inputs, world=world, data_parallel=data_parallel, agreement=agreement)
     engines = initialize(
         inputs.policy,
         world=world,
@@ -114,7 +117,9 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
         own_reference.check_it_can_follow(engines.policy)
     pair = _same_pairs(inputs.train, world).pair(0)
     check_heads(engines, pair, world=world)
-    packed = choose_layout(engines, pair, layout=inputs.layout, world=world)
+    packed = choose_layout(engines.scorers, pair, layout=inputs.layout, dtype=inputs.dtype, world=world)
+    row_parts = data_parallel.row_parts
+    split_rows(engines.scorers, pair, row_parts=row_parts, packed=packed, dtype=inputs.dtype, world=world)
     speed = float(world.sum(torch.tensor(matmul_flops(world.device, inputs.dtype), device=world.device)))
     checkpoints = Checkpoints(
         folder / CHECKPOINTS_FOLDER,
@@ -145,6 +150,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
             train=feed,
             evaluation=opened(inputs.evaluation) if inputs.evaluation else None,
             world=world,
+            data_parallel=data_parallel,
             tracker=tracker,
             checkpoints=checkpoints,
             matmul_flops=speed,

@@ -43,6 +43,17 @@ def check(config: RunConfig) -> None:
         ("loss.label_smoothing", 0 <= loss.label_smoothing < 0.5, ">= 0 and < 0.5"),
         ("train.pairs_per_step", train.pairs_per_step >= 1, ">= 1"),
         ("train.tokens_per_micro_batch", train.tokens_per_micro_batch >= 1, ">= 1"),
+        ("train.sequence_parallel_size", train.sequence_parallel_size >= 1, ">= 1"),
+        (
+            "train.sequence_parallel_size",
+            train.sequence_parallel_size == 1 or config.model.attention == "auto",
+            "1 unless model.attention is auto, since attention runs on whole rows of some heads",
+        ),
+        (
+            "loss.router_aux",
+            train.sequence_parallel_size == 1 or loss.router_aux == 0,
+            "0 where train.sequence_parallel_size is above 1, since a rank sees a part of the tokens that are balanced",
+        ),
         (
             "reference.tokens_per_micro_batch",
             config.reference.tokens_per_micro_batch is None

@@ -196,7 +196,12 @@ class TrainConfig:
     """The schedule and the optimizer."""
 
     pairs_per_step: int = _key(16, "pairs in one optimizer step, over all ranks")
-    tokens_per_micro_batch: int = _key(4096, "tokens that one rank puts through the model at once")
+    tokens_per_micro_batch: int = _key(
+        4096, "tokens that one rank, or one sequence-parallel group, puts through at once"
+    )
+    sequence_parallel_size: int = _key(
+        1, "ranks that compute a micro-batch together, each a part of every row, for pairs too long for one (Ulysses)"
+    )
     layout: Literal["auto", "packed", "padded"] = _key(
         "auto", "packed: pairs in one row, each prompt once; auto: where the model allows it"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.losses import PairLabels
@@ -167,6 +168,37 @@ def padded_batch(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> Pair
         filled=sum(map(len, rows)),
     )
     return replace(batch, lengths=torch.tensor([len(row) for row in rows]))
+
+
+def part_of_rows(batch: PairBatch, *, part: int, parts: int) -> PairBatch:
+    """Returns the columns of every row that one of several ranks computes, and the scored tokens predicted there.
+
+    Rows are made longer until the ranks' parts are alike. ``spans`` stay those of whole rows, which attention sees.
+
+    Args:
+        batch: whole rows.
+        part: which rank's, in ``[0, parts)``; its columns lie next to each other.
+        parts: how many ranks there are.
+    """
+    rows, length = batch.input_ids.shape
+    width = -(-length // parts)
+    added = width * parts - length
+    positions = batch.position_ids
+    if positions is None:
+        positions = torch.arange(length, device=batch.input_ids.device).expand(rows, length)
+    mine = slice(part * width, (part + 1) * width)
+    row, column = batch.predicted_at // length, batch.predicted_at % length
+    is_mine = column // width == part
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, added))[:, mine],
+        position_ids=pad(positions, (0, added))[:, mine],
+        spans=(*batch.spans, *[Span(length, added, 0, 0)] * bool(batch.spans and added)),
+        predicted_at=(row * width + column - mine.start)[is_mine],
+        targets=batch.targets[is_mine],
+        response_of=batch.response_of[is_mine],
+        token_weights=None if batch.token_weights is None else batch.token_weights[is_mine],
+    )
 
 
 def _lengths(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:

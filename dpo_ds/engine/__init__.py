@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_ds.engine.data_parallel import DataParallel
 from dpo_ds.engine.extensions import keeps_optimizer_on_host
 from dpo_ds.engine.loading import load_sharded
 from dpo_ds.engine.optimizers import OptimizerSettings
@@ -16,6 +17,7 @@ from dpo_ds.models.causal_lm import checkpoint_activations
 from dpo_ds.models.scorer import Scorer
 
 __all__ = [
+    "DataParallel",
     "Engines",
     "OptimizerSettings",
     "PolicyEngine",
@@ -32,6 +34,12 @@ class Engines(NamedTuple):
 
     policy: PolicyEngine
     reference: Reference | None
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """Both models' scorers, by the run file's keys of the models."""
+        engines = {"model.policy": self.policy, "model.reference": self.reference}
+        return {key: engine.model for key, engine in engines.items() if engine is not None}
 
 
 def initialize(

@@ -32,7 +32,6 @@ from dpo_ds.engine.world import World
 from dpo_ds.errors import RunError, UserError, first_line
 from dpo_ds.files import settled, sync_folder
 from dpo_ds.models.adapters import Adapter, merged, merging, published, save_configs
-from dpo_ds.models.attention import share_prompts
 from dpo_ds.models.stored import as_stored
 
 MAX_SHARD_SIZE = "50GB"
@@ -56,7 +55,6 @@ class Probe:
         ds_config: of an engine without an optimizer.
         attention: the policy's.
         trust_remote_code: the policy's.
-        packed: whether the policy has the attention of packed rows.
         bound: largest difference of two log-probs, per token; 0 where equal weights score equally to the bit.
         adapter_of: folder or hub id of the model that the export is an adapter of; None: it is a model, into whose
             weights an adapter is merged where there is one.
@@ -66,7 +64,6 @@ class Probe:
     ds_config: Mapping[str, Any]
     attention: str
     trust_remote_code: bool
-    packed: bool
     bound: float
     adapter_of: str | None = None
 
@@ -126,7 +123,7 @@ def export(
         _refuse(
             world,
             f"the export to {folder} was loaded again",
-            _other_scores(aside, probe, expected, policy.dtype, world),
+            _other_scores(aside, probe, expected, policy, world),
         )
         world.agree(_put_in_place(aside, folder) if world.rank == 0 else None)
     except (UserError, RunError):  # on all ranks alike
@@ -422,18 +419,17 @@ def _write_checksums(aside: Path, folder: Path, world: World) -> None:
     world.agree(_unwritable(folder, problem))
 
 
-def _other_scores(aside: Path, probe: Probe, expected: Tensor, dtype: torch.dtype, world: World) -> str | None:
+def _other_scores(aside: Path, probe: Probe, expected: Tensor, policy: PolicyEngine, world: World) -> str | None:
     copy = initialize_reference(
         probe.adapter_of or str(aside),
         world=world,
         config=probe.ds_config,
-        dtype=dtype,
+        dtype=policy.dtype,
         attention=probe.attention,
         trust_remote_code=probe.trust_remote_code,
         adapter=Adapter(path=str(aside)) if probe.adapter_of else None,
     )
-    if probe.packed:
-        share_prompts(copy.model.model)
+    copy.model.computes_as(policy.model)
     differences = (copy.score(probe.batch) - expected).flatten() / probe.batch.response_tokens
     copy.free()
     worst = float(differences.abs().max())

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
 from dpo_ds.data.prepared import PreparedPairs
 from dpo_ds.data.schedule import PackedRows, PaddedRows, Plan, Rows, plan_evaluation
+from dpo_ds.engine.data_parallel import DataParallel
 from dpo_ds.engine.reference import ReferenceEngine
 from dpo_ds.engine.reference_key import Scoring
 from dpo_ds.engine.stopping import Agreement
@@ -43,7 +44,9 @@ class Source(NamedTuple):
 class LogpCache:
     """A frozen model's log-probs of one set of prepared pairs. Every method is collective, unless it says otherwise."""
 
-    def __init__(self, root: Path, scoring: Scoring, pairs: PreparedPairs, *, world: World) -> None:
+    def __init__(
+        self, root: Path, scoring: Scoring, pairs: PreparedPairs, *, world: World, data_parallel: DataParallel
+    ) -> None:
         """Reads what is there; damaged blocks count as missing.
 
         Args:
@@ -51,11 +54,13 @@ class LogpCache:
             scoring: how these are scored.
             pairs: which are scored.
             world: the ranks.
+            data_parallel: which of them score which pairs.
         """
         self.folder = root / scoring.key
         self.pairs = pairs
         self._scoring = scoring
         self._world = world
+        self._data_parallel = data_parallel
         # (2, pairs), NaN where missing.
         self._logps, self.source = world.broadcast(self._read() if world.rank == 0 else None)
 
@@ -120,21 +125,21 @@ class LogpCache:
             for micro_batch in self._plan(block, ranks=1)[0]
             if not set(wanted).isdisjoint(micro_batch.pairs)
         ]
-        rank, size = self._world.rank, self._world.size
+        rank, size = self._data_parallel.rank, self._data_parallel.size
         mine = [batches[(start + rank) % len(batches)] for start in range(0, len(batches), size)]
         return [(self._batch(some), self.logps(some).to(self._world.device)) for some in mine]
 
     def _score(self, block: range, reference: ReferenceEngine) -> Iterator[int]:
         """Yields how many pairs each turn of the ranks has scored."""
-        plan, mine = self._plan(block, ranks=self._world.size), []
+        plan, mine = self._plan(block, ranks=self._data_parallel.size), []
         for turn in zip(*plan, strict=True):
-            micro_batch = turn[self._world.rank]
+            micro_batch = turn[self._data_parallel.rank]
             # A stand-in is scored too: the other ranks gather weights with this one.
             scores = reference.score(self._batch(micro_batch.pairs)).cpu()
             if micro_batch.weight:
                 mine.append((list(micro_batch.pairs), scores))
             yield sum(len(other.pairs) for other in turn if other.weight)
-        for scored in self._world.gather(mine):
+        for scored in self._data_parallel.gather(mine):
             for pairs, scores in scored:
                 self._logps[:, pairs] = scores
         bad = [pair for pair in block if not self._logps[:, pair].isfinite().all()]

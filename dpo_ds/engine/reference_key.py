@@ -28,6 +28,7 @@ class Scoring:
         layout: ``train.layout``; what ``auto`` came to follows from the rest.
         tokens_per_micro_batch: decides the micro-batches' shapes, and these the rounding.
         attention: ``model.attention``.
+        sequence_parallel_size: ranks that share rows, and so decide how these are cut.
         device: kind of device.
         libraries: versions of those whose code computes.
         block_pairs: pairs of a block; micro-batches never reach over its end.
@@ -40,6 +41,7 @@ class Scoring:
     layout: str
     tokens_per_micro_batch: int
     attention: str
+    sequence_parallel_size: int
     device: str
     libraries: str
     block_pairs: int = BLOCK_PAIRS

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -131,6 +131,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """Makes a group of some ranks; collective among all, and a rank that is not in it gets what it cannot use."""
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=self._patience.collective_timeout)
+        return group
 
     def barrier(self) -> None:
         """Waits for all ranks."""

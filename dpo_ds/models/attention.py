@@ -5,7 +5,7 @@ It takes the place of a model's own attention through transformers' attention in
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpo_ds.data.batch import Span
 from dpo_ds.errors import UserError
+from dpo_ds.models.row_parts import RowParts
 
 ATTENTION = "shared_prompt"
 """Name under which transformers knows this attention."""
@@ -56,6 +57,11 @@ def share_prompts(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model has this attention."""
+    return bool(model.config._attn_implementation == ATTENTION)
+
+
 @contextmanager
 def sharing_prompts(model: PreTrainedModel) -> Iterator[None]:
     """Gives the model this attention for a while."""
@@ -92,6 +98,7 @@ def shared_prompt_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     spans: tuple[Span, ...] = (),
+    row_parts: RowParts | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attends within each pair, causally, from the rejected response past the chosen one.
@@ -109,6 +116,7 @@ def shared_prompt_attention(
         sliding_window: the layer's window, used where the mask does not tell.
         softcap: bound of ``softcap * tanh(scores / softcap)`` (Gemma 2), or None.
         spans: the pairs of every row; without them a row is one sequence.
+        row_parts: who has the other parts of the rows; None: nobody, ``length`` is theirs.
         others: what models hand to every attention.
 
     Returns:
@@ -118,19 +126,41 @@ def shared_prompt_attention(
         UserError: the layer wants something that packed pairs cannot have.
     """
     _refuse(module, query, key, attention_mask, dropout=dropout, others=others)
-    window = sliding_window if attention_mask is None else attention_mask
+    attend = partial(
+        _attended,
+        module,
+        window=sliding_window if attention_mask is None else attention_mask,
+        scaling=scaling,
+        softcap=softcap,
+        spans=spans,
+    )
+    return (attend if row_parts is None else partial(row_parts.attended, attend))(query, key, value), None
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    spans: tuple[Span, ...],
+) -> Tensor:
+    """Returns the attention of whole rows."""
     longest = max((s.prompt + max(s.chosen, s.rejected) for s in spans), default=query.shape[2])
     if window is not None and window >= longest:
         window = None
     if not spans and window is None and softcap is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]  # type: ignore[no-any-return]
     spans = spans or (Span(0, query.shape[2], 0, 0),)
     if query.device.type == "cuda":
         mask = block_mask(spans, window=window, device=query.device)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0]  # type: ignore[no-any-return]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended: Tensor = _BlockedAttention.apply(query, key, value, spans, window, scale, softcap)  # type: ignore[no-untyped-call]
-    return attended, None
+    return attended
 
 
 def _refuse(

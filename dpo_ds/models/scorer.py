@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch
+from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch, part_of_rows
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.errors import UserError
 from dpo_ds.logps import chunked_target_logps, sum_by_response, target_logps
-from dpo_ds.models.attention import sharing_prompts, why_not_packable
+from dpo_ds.models.attention import share_prompts, shares_prompts, sharing_prompts, why_not_packable
 from dpo_ds.models.causal_lm import head_of
 from dpo_ds.models.routing import routing_loss
+from dpo_ds.models.row_parts import RowParts
 
 LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
@@ -41,13 +42,17 @@ class Scorer(nn.Module):
         self.balances_experts = balances_experts
         self.routing_loss: Tensor | None = None
         """Of the last forward."""
+        self.row_parts: RowParts | None = None
+        """Who shares rows with this rank; None: nobody, it computes whole ones."""
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Returns ``(2, pairs)``: the summed log-probs of the chosen (row 0) and of the rejected responses (row 1)."""
+        if self.row_parts is not None:
+            batch = part_of_rows(batch, part=self.row_parts.part, parts=self.row_parts.parts)
         # No attention mask: with padding to the right, causal attention keeps it out of every scored position, and
         # without a mask the attention kernels take their fast path.
         balances = {"output_router_logits": True} if self.balances_experts and torch.is_grad_enabled() else {}
-        outputs = self.model.base_model(**_inputs(batch), **balances)
+        outputs = self.model.base_model(**self._inputs(batch), **balances)
         if balances:
             row = batch.input_ids.shape[1]
             self.routing_loss = routing_loss(self.model, outputs.router_logits, batch.lengths, row=row)
@@ -62,7 +67,22 @@ class Scorer(nn.Module):
         )
         if batch.token_weights is not None:
             logps = logps * batch.token_weights
-        return sum_by_response(logps, batch.response_of, responses=len(batch.response_tokens)).view(2, -1)
+        sums = sum_by_response(logps, batch.response_of, responses=len(batch.response_tokens))
+        if self.row_parts is not None:
+            sums = self.row_parts.sum(sums)
+        return sums.float().view(2, -1)
+
+    def _inputs(self, batch: PairBatch) -> dict[str, Any]:
+        layout: dict[str, Any] = {"position_ids": batch.position_ids} if batch.position_ids is not None else {}
+        layout |= {"spans": batch.spans} if batch.spans else {}
+        layout |= {"row_parts": self.row_parts} if self.row_parts is not None else {}
+        return {"input_ids": batch.input_ids, "use_cache": False, **layout}
+
+    def computes_as(self, other: "Scorer") -> None:
+        """Takes over another scorer's attention, and who shares its rows."""
+        if shares_prompts(other.model):
+            share_prompts(self.model)
+        self.row_parts = other.row_parts
 
     @torch.no_grad()
     def differs_from_its_model(self, batch: PairBatch) -> float:
@@ -70,11 +90,11 @@ class Scorer(nn.Module):
 
         A head with a step that ``Head`` does not know (a scale, a cap, a bias) shows here.
         """
-        logits = self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.predicted_at]
+        logits = self.model(**self._inputs(batch)).logits.flatten(0, 1)[batch.predicted_at]
         sums = sum_by_response(
             target_logps(logits, batch.targets), batch.response_of, responses=len(batch.response_tokens)
         )
-        per_token = (self(batch).flatten() - sums) / batch.response_tokens
+        per_token = (self(batch).flatten() - sums.float()) / batch.response_tokens
         return float(per_token.abs().max())
 
     @torch.no_grad()
@@ -120,7 +140,27 @@ class Scorer(nn.Module):
             f"(log-probs differ by {difference:.2g} a token, bound {bound:g})"
         )
 
+    @torch.no_grad()
+    def why_not_split(self, batch: PairBatch, row_parts: RowParts, *, bound: float) -> str | None:
+        """Returns why several ranks cannot share this model's rows, None where a batch proves that they can.
 
-def _inputs(batch: PairBatch) -> dict[str, Any]:
-    layout = {"position_ids": batch.position_ids, "spans": batch.spans} if batch.spans else {}
-    return {"input_ids": batch.input_ids, "use_cache": False, **layout}
+        A model whose tokens reach each other by another way than attention shows here. Collective among those ranks.
+
+        Args:
+            batch: in the layout that will be trained on; the same on all of them.
+            row_parts: who they are.
+            bound: largest difference per token that may come from rounding.
+        """
+        expected = self(batch)
+        self.row_parts = row_parts
+        try:
+            difference = (self(batch) - expected).flatten() / batch.response_tokens
+        finally:
+            self.row_parts = None
+        worst = float(difference.abs().max())
+        if worst <= bound:
+            return None
+        return (
+            f"{type(self.model).__name__} scores rows that ranks share unlike whole ones "
+            f"(log-probs differ by {worst:.2g} a token, bound {bound:g})"
+        )

@@ -248,7 +248,7 @@ class NoTokenizer:
 
 def probe_of(world: World, dtype: torch.dtype, bound: float = 0.0) -> Probe:
     batch = padded_batch(some_pairs(2)).to(world.device)
-    return Probe(batch, configs(dtype)["reference_config"], "auto", False, packed=False, bound=bound)
+    return Probe(batch, configs(dtype)["reference_config"], "auto", False, bound=bound)
 
 
 def export_of(engines: Engines, world: World, model: str, out: str, **options: Any) -> None:
