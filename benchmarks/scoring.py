@@ -9,7 +9,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpo_ds.logps import chunked_target_logps, target_logps
+from dpo_ds.models.scorer import KEPT_LOGIT_BYTES, LOGIT_CHUNK_BYTES
 
 AGREE_TO = 1e-5
 TOKENS_OF_A_CHUNK = 128
@@ -87,9 +88,18 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(hidden, weight, bias)
 
 
-def _ours(chunk_bytes: int) -> Score:
+def _ours(chunk_bytes: int, *, kept_bytes: int = 0) -> Score:
     def score(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        return chunked_target_logps(hidden, targets, weight=weight, bias=None, logits=_head, chunk_bytes=chunk_bytes)
+        return chunked_target_logps(
+            hidden,
+            targets,
+            weight=weight,
+            bias=None,
+            logits=_head,
+            slope=None,
+            chunk_bytes=chunk_bytes,
+            kept_bytes=kept_bytes,
+        )
 
     return score
 
@@ -130,66 +140,17 @@ def _tiled_backward(hidden: Tensor, targets: Tensor, weight: Tensor, logps: Tens
     loss.backward()
 
 
-class _Stored(torch.autograd.Function):
-    """``chunked_target_logps`` with the logits kept, in the weights' dtype, where that computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, columns: int) -> Tensor:
-        kept, sums = [], []
-        picked = torch.zeros(len(targets))
-        for chunk in _chunks(len(weight), columns):
-            logits = _head(hidden, weight[chunk])
-            kept.append(logits)
-            values = logits.to(torch.float32, copy=True)  # in float32 it would be the one that is kept
-            at, within = _places(targets, chunk)
-            picked += values.gather(1, at).squeeze(1).where(within, 0)
-            largest = values.amax(1, keepdim=True)
-            sums.append(values.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
-        logsumexp = torch.stack(sums).logsumexp(0)
-        ctx.save_for_backward(hidden, targets, weight, logsumexp, *kept)
-        ctx.columns = columns
-        return picked - logsumexp
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, weight, logsumexp, *kept = ctx.saved_tensors
-        to_hidden, to_weight = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
-        for chunk, logits in zip(_chunks(len(weight), ctx.columns), kept, strict=True):
-            slope = logits.to(torch.float32, copy=True).sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
-            at, within = _places(targets, chunk)
-            slope.scatter_add_(1, at, (grad * within)[:, None])
-            rounded = slope.to(weight.dtype)
-            to_hidden += rounded @ weight[chunk]
-            to_weight[chunk] = rounded.T @ hidden
-        return to_hidden.to(hidden.dtype), None, to_weight, None
-
-
-def _chunks(vocab: int, columns: int) -> Iterator[slice]:
-    for start in range(0, vocab, columns):
-        yield slice(start, min(start + columns, vocab))
-
-
-def _places(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-    within = (targets >= chunk.start) & (targets < chunk.stop)
-    return (targets - chunk.start).where(within, 0).unsqueeze(1), within
-
-
-def _stored(chunk_bytes: int) -> Score:
-    def score(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        columns = max(64, chunk_bytes // (4 * len(targets)) // 64 * 64)
-        logps: Tensor = _Stored.apply(hidden, targets, weight, columns)
-        return logps
-
-    return score
-
-
 def _autograd(hidden: Tensor, targets: Tensor, weight: Tensor, logps: Tensor, slope: Tensor) -> None:
     logps.backward(slope)
 
 
 WAYS = (
     *(Way(f"dpo_ds, chunks of {mib} MiB", _ours(mib * 2**20), _autograd) for mib in (8, 32, 128)),
-    Way("the same, logits stored, 32 MiB", _stored(2**25), _autograd),
+    Way(
+        "chunks of 8 MiB, up to 128 MiB of logits kept",
+        _ours(LOGIT_CHUNK_BYTES, kept_bytes=KEPT_LOGIT_BYTES),
+        _autograd,
+    ),
     Way("all logits at once, float32", _all_at_once, _autograd),
     Way(f"checkpoint over {TOKENS_OF_A_CHUNK} tokens", _checkpointed, _autograd),
     Way("DeepSpeed chunked_cross_entropy", _deepspeed_chunked, _autograd),

@@ -12,6 +12,9 @@ from torch import Tensor
 Logits = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Hidden states ``(tokens, width)``, rows of a head's weight and of its bias -> logits ``(tokens, rows)``."""
 
+Slope = Callable[[Tensor], Tensor]
+"""Logits -> their derivative by the linear layer's output, of the same shape."""
+
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns ``log softmax(logits)`` at the targets, computed in float32.
@@ -43,13 +46,21 @@ def sum_by_response(logps: Tensor, response_of: Tensor, *, responses: int) -> Te
 
 
 def chunked_target_logps(
-    hidden: Tensor, targets: Tensor, *, weight: Tensor, bias: Tensor | None, logits: Logits, chunk_bytes: int
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Logits,
+    slope: Slope | None,
+    chunk_bytes: int,
+    kept_bytes: int = 0,
 ) -> Tensor:
     """Returns ``target_logps(logits(hidden, weight, bias), targets)`` without ever holding all logits.
 
     A chunk is all tokens by some of the vocabulary: each row of the weight is read once and its gradient written once,
-    and the products have as many rows as there are tokens. What stays for backward is one log-sum-exp a token; the
-    logits of a chunk are computed again.
+    and the products have as many rows as there are tokens. What stays for backward is one log-sum-exp a token and the
+    logits of the first chunks, in their own dtype; those of the others are computed again.
 
     Args:
         hidden: ``(tokens, width)``, the hidden states that predict the targets.
@@ -57,13 +68,16 @@ def chunked_target_logps(
         weight: ``(vocab, width)``, the head's.
         bias: ``(vocab,)``, the head's, or None.
         logits: the head.
+        slope: what the head does to the output of its linear layer, told by its derivative; None: nothing.
         chunk_bytes: size of the float32 logits that may exist at a time.
+        kept_bytes: of logits that may stay for backward, where there will be one.
 
     Returns:
         ``(tokens,)``, float32.
     """
     columns = max(_COLUMNS, chunk_bytes // (4 * max(1, len(targets))) // _COLUMNS * _COLUMNS)
-    logps: Tensor = _ChunkedTargetLogps.apply(hidden, targets, weight, bias, logits, columns)  # type: ignore[no-untyped-call]
+    kept = kept_bytes if torch.is_grad_enabled() else 0
+    logps: Tensor = _ChunkedTargetLogps.apply(hidden, targets, weight, bias, logits, slope, columns, kept)  # type: ignore[no-untyped-call]
     return logps
 
 
@@ -73,51 +87,62 @@ _COLUMNS = 64  # of a chunk; a multiple of what matrix-product kernels take at a
 class _ChunkedTargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits, columns: int
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Logits,
+        slope: Slope | None,
+        columns: int,
+        kept_bytes: int,
     ) -> Tensor:
-        sums = []
+        sums, kept = [], []
         picked = hidden.new_zeros(len(targets), dtype=torch.float32)
         for chunk in _chunks(len(weight), columns):
-            values = logits(hidden, weight[chunk], None if bias is None else bias[chunk]).float()
+            found = logits(hidden, weight[chunk], _part(bias, chunk))
+            kept_bytes -= found.nbytes
+            if kept_bytes >= 0:
+                kept.append(found)
+            # In float32 a kept one would be the one that is changed.
+            values = found.to(torch.float32, copy=kept_bytes >= 0)
             at, within = _places(targets, chunk)
             picked += values.gather(1, at).squeeze(1).where(within, 0)
             largest = values.amax(1, keepdim=True)
             sums.append(values.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
         logsumexp = torch.stack(sums).logsumexp(0)
-        ctx.save_for_backward(hidden, targets, weight, bias, logsumexp)
-        ctx.logits, ctx.columns = logits, columns
+        ctx.save_for_backward(hidden, targets, weight, bias, logsumexp, *kept)
+        ctx.logits, ctx.slope, ctx.columns = logits, slope, columns
         return picked - logsumexp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, weight, bias, logsumexp = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        grads = [
-            torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None,
-            torch.empty_like(weight) if needs[1] else None,
-            torch.empty_like(bias) if needs[2] else None,
-        ]
-        for chunk in _chunks(len(weight), ctx.columns):
-            inputs = [
-                None if value is None else value.detach().requires_grad_(needed)
-                for value, needed in zip(
-                    (hidden, weight[chunk], None if bias is None else bias[chunk]), needs, strict=True
-                )
-            ]
-            with torch.enable_grad():
-                values = ctx.logits(*inputs)
+        hidden, targets, weight, bias, logsumexp, *kept = ctx.saved_tensors
+        to_hidden, to_weight, to_bias = (
+            torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[place] else None
+            for place, x, dtype in ((0, hidden, torch.float32), (2, weight, weight.dtype), (3, bias, weight.dtype))
+        )
+        for number, chunk in enumerate(_chunks(len(weight), ctx.columns)):
+            is_kept = number < len(kept)
+            found = kept[number] if is_kept else ctx.logits(hidden, weight[chunk], _part(bias, chunk))
             # d log softmax(x)_t / dx = onehot(t) - softmax(x)
-            slope = values.detach().float().sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
+            change = found.to(torch.float32, copy=True).sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
             at, within = _places(targets, chunk)
-            slope.scatter_add_(1, at, (grad * within)[:, None])
-            wanted = [value for value in inputs if value is not None and value.requires_grad]
-            found = iter(torch.autograd.grad(values, wanted, slope.to(values.dtype)))
-            if grads[0] is not None:
-                grads[0] += next(found)
-            for whole in grads[1:]:
-                if whole is not None:
-                    whole[chunk] = next(found)
-        return None if grads[0] is None else grads[0].to(hidden.dtype), None, grads[1], grads[2], None, None
+            change.scatter_add_(1, at, (grad * within)[:, None])
+            if ctx.slope is not None:
+                change.mul_(ctx.slope(found.float()))
+            change = change.to(weight.dtype)
+            if to_hidden is not None:
+                to_hidden += change @ weight[chunk]
+            if to_weight is not None:
+                torch.mm(change.T, hidden, out=to_weight[chunk])
+            if to_bias is not None:
+                to_bias[chunk] = change.sum(0)
+        return None if to_hidden is None else to_hidden.to(hidden.dtype), None, to_weight, to_bias, *[None] * 4
+
+
+def _part(bias: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if bias is None else bias[chunk]
 
 
 def _chunks(vocab: int, columns: int) -> Iterator[slice]:

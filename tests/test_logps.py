@@ -68,18 +68,28 @@ def test_target_logps_stay_finite_for_large_logits():
     assert logps.tolist() == [-2e4]
 
 
-def chunked(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunk_bytes: int) -> Tensor:
-    return chunked_target_logps(hidden, targets, weight=weight, bias=bias, logits=F.linear, chunk_bytes=chunk_bytes)
+def chunked(hidden: Tensor, targets: Tensor, weight: Tensor, *, chunk_bytes: int, kept_bytes: int = 0) -> Tensor:
+    return chunked_target_logps(
+        hidden,
+        targets,
+        weight=weight,
+        bias=None,
+        logits=F.linear,
+        slope=None,
+        chunk_bytes=chunk_bytes,
+        kept_bytes=kept_bytes,
+    )
 
 
+@pytest.mark.parametrize("kept_bytes", [0, HALF, ALL])
 @pytest.mark.parametrize("chunk_bytes", [0, SMALLEST, HALF, ALL, 10 * ALL])
-def test_chunks_change_neither_value_nor_gradient(chunk_bytes):
+def test_chunks_change_neither_value_nor_gradient(chunk_bytes, kept_bytes):
     hidden, weight, targets = make_head_inputs()
     upstream = torch.linspace(-1, 1, TOKENS)
 
     expected = reference_logps(hidden, weight, targets)
     expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream.double())
-    logps = chunked(hidden, targets, weight, chunk_bytes=chunk_bytes)
+    logps = chunked(hidden, targets, weight, chunk_bytes=chunk_bytes, kept_bytes=kept_bytes)
     grads = torch.autograd.grad(logps, (hidden, weight), upstream)
 
     # Log-probs are of the order of 5 nats, gradients of the order of 1.
@@ -88,14 +98,35 @@ def test_chunks_change_neither_value_nor_gradient(chunk_bytes):
         torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=1e-6, atol=2e-6)
 
 
-def test_a_head_with_bias_scale_and_softcap_has_the_gradients_of_the_plain_formula():
+def test_kept_logits_are_those_that_would_be_computed_again():
+    hidden, weight, targets = make_head_inputs()
+    found = []
+    for kept_bytes in (0, HALF, ALL):
+        leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+        logps = chunked(leaves[0], targets, leaves[1], chunk_bytes=SMALLEST, kept_bytes=kept_bytes)
+        found.append([logps, *torch.autograd.grad(logps.sum(), leaves)])
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, ALL])
+def test_a_head_with_bias_scale_and_softcap_has_the_gradients_of_the_plain_formula(kept_bytes):
     hidden, weight, targets = (x.detach().double() if x.is_floating_point() else x for x in make_head_inputs())
     bias = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     head = Head(weight, bias, scale=0.5, softcap=2.0)
 
     expected = (2 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 2)).log_softmax(-1)[torch.arange(TOKENS), targets]
-    logps = chunked_target_logps(hidden, targets, weight=weight, bias=bias, logits=head.logits, chunk_bytes=SMALLEST)
+    logps = chunked_target_logps(
+        hidden,
+        targets,
+        weight=weight,
+        bias=bias,
+        logits=head.logits,
+        slope=head.slope,
+        chunk_bytes=SMALLEST,
+        kept_bytes=kept_bytes,
+    )
     expected_grads = torch.autograd.grad(expected.sum(), leaves)
     grads = torch.autograd.grad(logps.sum(), leaves)
     torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
@@ -152,7 +183,7 @@ def test_without_gradients_the_chunks_are_as_small():
 def test_sum_by_response_adds_each_token_to_its_response():
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
     sums = sum_by_response(logps, torch.tensor([2, 0, 2, 0, 3]), responses=4)
-    assert sums.dtype == torch.float32
+    assert sums.dtype == torch.float64
     assert sums.tolist() == [-10.0, 0.0, -5.0, -16.0]
 
 

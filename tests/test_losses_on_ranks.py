@@ -99,13 +99,17 @@ def test_losses_of_a_whole_step_are_those_of_a_plain_loop_and_go_on_on_other_ran
     assert saved["bco_pair"] == pytest.approx([shifts[3], 12], abs=1e-6)
     assert abs(shifts[3]) > 0.01
 
-    # One rank and larger micro-batches, from the middle of the other run.
-    elsewhere = ["--output_dir", tmp_path / "one", "--checkpoint.resume", middle]
-    run_ranks(1, [*command, *elsewhere, "--train.tokens_per_micro_batch", "400"], folder=tmp_path).expect_success()
-    one = lines(tmp_path / "one")
-    assert [line["loss"] for line in one] == pytest.approx(expected[3:], abs=1e-5)
-    assert_alike(one, two[3:])
-    assert_alike(lines(tmp_path / "one", "eval")[-1:], lines(tmp_path / "two", "eval")[-1:])
+    # From the middle of the other run: one rank and larger micro-batches, or two ranks that share rows.
+    for name, ranks, more in (
+        ("one", 1, ["--train.tokens_per_micro_batch", "400"]),
+        ("shared", 2, ["--train.sequence_parallel_size", "2"]),
+    ):
+        elsewhere = ["--output_dir", tmp_path / name, "--checkpoint.resume", middle, *more]
+        run_ranks(ranks, [*command, *elsewhere], folder=tmp_path).expect_success()
+        again = lines(tmp_path / name)
+        assert [line["loss"] for line in again] == pytest.approx(expected[3:], abs=1e-5)
+        assert_alike(again, two[3:])
+        assert_alike(lines(tmp_path / name, "eval")[-1:], lines(tmp_path / "two", "eval")[-1:])
     last = lines(tmp_path / "two", "eval")[-1]
     assert sum(last["histogram/rewards/margins"]["counts"]) == len(pairs)
 

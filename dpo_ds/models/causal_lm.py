@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.errors import UserError, first_line
+from dpo_ds.logps import Slope
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -137,6 +138,17 @@ class Head:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    @property
+    def slope(self) -> Slope | None:
+        """The derivative of the logits by the linear layer's output, as ``chunked_target_logps`` wants it."""
+        if self.softcap is None and self.scale == 1.0:
+            return None
+        return self._slope
+
+    def _slope(self, logits: Tensor) -> Tensor:
+        slope = torch.full_like(logits, self.scale)
+        return slope if self.softcap is None else slope.mul_(1 - (logits / self.softcap).square_())
 
 
 def head_of(model: PreTrainedModel) -> Head:

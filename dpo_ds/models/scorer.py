@@ -19,6 +19,9 @@ from dpo_ds.models.row_parts import RowParts
 LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
 
+KEPT_LOGIT_BYTES = 2**27
+"""Size of the logits, in the weights' dtype, that stay from forward to backward; more are computed again."""
+
 
 class Scorer(nn.Module):
     """A causal language model that returns the log-probs of responses, and never its logits.
@@ -63,7 +66,9 @@ class Scorer(nn.Module):
             weight=self.head.weight,
             bias=self.head.bias,
             logits=self.head.logits,
+            slope=self.head.slope,
             chunk_bytes=LOGIT_CHUNK_BYTES,
+            kept_bytes=KEPT_LOGIT_BYTES,
         )
         if batch.token_weights is not None:
             logps = logps * batch.token_weights

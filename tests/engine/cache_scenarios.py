@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from dpo_ds.data.batch import padded_batch
 from dpo_ds.data.prepared import Manifest, PreparedPairs
-from dpo_ds.engine import PolicyEngine, ReferenceEngine, World, initialize, initialize_reference
+from dpo_ds.engine import DataParallel, PolicyEngine, ReferenceEngine, World, initialize, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest
 from dpo_ds.engine.stopping import Agreement
 from dpo_ds.errors import RunError, UserError
-from dpo_ds.gate import check_cached_scores, choose_layout_of
+from dpo_ds.gate import check_cached_scores, choose_layout
 from dpo_ds.launcher.signals import StopRequest
 from tests.engine.scenarios import POLICY_CONFIG, REFERENCE_CONFIG, main, some_pairs
 
@@ -49,6 +49,7 @@ def scoring(layout: str = "padded") -> Scoring:
         layout=layout,
         tokens_per_micro_batch=100,
         attention="auto",
+        sequence_parallel_size=1,
         device="cpu",
         libraries="l",
         block_pairs=4,
@@ -60,12 +61,13 @@ def reference_of(model: str, world: World) -> ReferenceEngine:
 
 
 def opened(folder: str, world: World, layout: str = "padded") -> LogpCache:
-    return LogpCache(Path(folder), scoring(layout), prepared(), world=world)
+    return LogpCache(Path(folder), scoring(layout), prepared(), world=world, data_parallel=DataParallel(world))
 
 
 def filled(folder: str, reference: ReferenceEngine, world: World, layout: str = "padded") -> LogpCache:
     pair = prepared().pair(0)
-    packed = choose_layout_of([reference.model], pair, layout=layout, dtype=torch.float32, world=world)
+    scorers = {"model.reference": reference.model}
+    packed = choose_layout(scorers, pair, layout=layout, dtype=torch.float32, world=world)
     cache = opened(folder, world, layout)
     cache.expect(Source(reference.fingerprint, packed))
     cache.fill(reference, Agreement(StopRequest()))
