@@ -90,7 +90,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _ours(chunk_bytes: int, *, kept_bytes: int = 0) -> Score:
     def score(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        return chunked_target_logps(
+        logps, _ = chunked_target_logps(
             hidden,
             targets,
             weight=weight,
@@ -100,6 +100,7 @@ def _ours(chunk_bytes: int, *, kept_bytes: int = 0) -> Score:
             chunk_bytes=chunk_bytes,
             kept_bytes=kept_bytes,
         )
+        return logps
 
     return score
 

@@ -24,6 +24,8 @@ class TrainingRun:
     beta: float = 0.1
     layout: str = "auto"
     reference_mode: str = "engine"
+    sequence_parallel_size: int = 1
+    activation_checkpointing: str = "none"
     policy_config: str = "ds_configs/zero3_cpu.json"
     reference_config: str = "ds_configs/zero3_reference_cpu.json"
 
@@ -38,6 +40,8 @@ class TrainingRun:
                 "pairs_per_step": self.pairs_per_step,
                 "tokens_per_micro_batch": self.tokens_per_micro_batch,
                 "layout": self.layout,
+                "sequence_parallel_size": self.sequence_parallel_size,
+                "activation_checkpointing": self.activation_checkpointing,
                 "max_steps": self.steps,
                 "learning_rate": self.learning_rate,
                 "schedule": "constant",

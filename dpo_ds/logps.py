@@ -55,7 +55,8 @@ def chunked_target_logps(
     slope: Slope | None,
     chunk_bytes: int,
     kept_bytes: int = 0,
-) -> Tensor:
+    wants_entropies: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Returns ``target_logps(logits(hidden, weight, bias), targets)`` without ever holding all logits.
 
     A chunk is all tokens by some of the vocabulary: each row of the weight is read once and its gradient written once,
@@ -71,14 +72,16 @@ def chunked_target_logps(
         slope: what the head does to the output of its linear layer, told by its derivative; None: nothing.
         chunk_bytes: size of the float32 logits that may exist at a time.
         kept_bytes: of logits that may stay for backward, where there will be one.
+        wants_entropies: whether the second value is wanted.
 
     Returns:
-        ``(tokens,)``, float32.
+        ``(tokens,)``, float32, and the entropy of each token's distribution, ``(tokens,)``, in nats, without gradients.
     """
     columns = max(_COLUMNS, chunk_bytes // (4 * max(1, len(targets))) // _COLUMNS * _COLUMNS)
     kept = kept_bytes if torch.is_grad_enabled() else 0
-    logps: Tensor = _ChunkedTargetLogps.apply(hidden, targets, weight, bias, logits, slope, columns, kept)  # type: ignore[no-untyped-call]
-    return logps
+    settings = (logits, slope, columns, kept, wants_entropies)
+    found: tuple[Tensor, Tensor | None] = _ChunkedTargetLogps.apply(hidden, targets, weight, bias, *settings)  # type: ignore[no-untyped-call]
+    return found
 
 
 _COLUMNS = 64  # of a chunk; a multiple of what matrix-product kernels take at a time
@@ -96,8 +99,9 @@ class _ChunkedTargetLogps(torch.autograd.Function):
         slope: Slope | None,
         columns: int,
         kept_bytes: int,
-    ) -> Tensor:
-        sums, kept = [], []
+        wants_entropies: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        sums, means, kept = [], [], []
         picked = hidden.new_zeros(len(targets), dtype=torch.float32)
         for chunk in _chunks(len(weight), columns):
             found = logits(hidden, weight[chunk], _part(bias, chunk))
@@ -109,14 +113,22 @@ class _ChunkedTargetLogps(torch.autograd.Function):
             at, within = _places(targets, chunk)
             picked += values.gather(1, at).squeeze(1).where(within, 0)
             largest = values.amax(1, keepdim=True)
+            if wants_entropies:
+                means.append((values.softmax(1) * values).sum(1))
             sums.append(values.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
         logsumexp = torch.stack(sums).logsumexp(0)
+        entropies = None
+        if wants_entropies:
+            # H = log Z - E[x], and a chunk has exp(its log-sum-exp - log Z) of the probability.
+            shares = (torch.stack(sums) - logsumexp).exp_()
+            entropies = logsumexp - (shares * torch.stack(means)).sum(0)
+            ctx.mark_non_differentiable(entropies)
         ctx.save_for_backward(hidden, targets, weight, bias, logsumexp, *kept)
         ctx.logits, ctx.slope, ctx.columns = logits, slope, columns
-        return picked - logsumexp
+        return picked - logsumexp, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         hidden, targets, weight, bias, logsumexp, *kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[place] else None
@@ -138,7 +150,7 @@ class _ChunkedTargetLogps(torch.autograd.Function):
                 torch.mm(change.T, hidden, out=to_weight[chunk])
             if to_bias is not None:
                 to_bias[chunk] = change.sum(0)
-        return None if to_hidden is None else to_hidden.to(hidden.dtype), None, to_weight, to_bias, *[None] * 4
+        return None if to_hidden is None else to_hidden.to(hidden.dtype), None, to_weight, to_bias, *[None] * 5
 
 
 def _part(bias: Tensor | None, chunk: slice) -> Tensor | None:

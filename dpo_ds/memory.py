@@ -134,8 +134,12 @@ def _shares_of_weights(
 ) -> list[Share]:
     shards = itemsize * parameters.total / ranks
     is_away = _device(zero, "offload_param") != "none"
+    # hpZ: a second copy, shared by fewer ranks, as those of one machine.
+    sharers = zero.get("zero_hpz_partition_size", 1)
+    again = itemsize * parameters.total / sharers if sharers > 1 else 0
     return [
         Share(f"{name}'s weights", host=shards) if is_away else Share(f"{name}'s weights", device=shards),
+        Share(f"{name}'s weights again (hpZ)", device=again),
         Share(f"{name}'s small weights, whole", device=itemsize * parameters.whole),
         Share(f"{name}'s gathered weights", device=itemsize * gathered(parameters, zero), phase=phase),
     ]

@@ -275,6 +275,7 @@ class Trainer:
         for batch, (loss, logps, surrogate) in zip(batches, self._judged(plan, batches, references), strict=True):
             self._engines.policy.backward((surrogate + self._routing(tally, batch.weights)) / pairs)
             self._add(tally, loss, logps, batch.weights)
+            self._add_entropies(tally, batch.weights)
             add_work(tally, tokens=batch.tokens, filled=batch.filled, positions=batch.input_ids.numel())
             # A loss of the whole step has no loss of a pair of its own to blame.
             suspects.append(logps.margins.detach() if self._objective.needs_whole_step else loss.losses.detach())
@@ -347,10 +348,10 @@ class Trainer:
             ("length", length_names(length_of), torch.from_numpy(length_of)),
         )
         mine = plan[self._data_parallel.rank]
-        scored = [
-            (self._score(batch, reference), batch.labels, batch.weights)
-            for batch, reference in self._scored(self._evaluation, plan)
-        ]
+        scored = []
+        for batch, reference in self._scored(self._evaluation, plan):
+            scored.append((self._score(batch, reference), batch.labels, batch.weights))
+            self._add_entropies(tally, batch.weights)
         judged = self._losses(plan, [logps for logps, _, _ in scored], [labels for _, labels, _ in scored])
         for micro_batch, (logps, _, weights), (loss, _) in zip(mine, scored, judged, strict=True):
             self._add(tally, loss, logps, weights)
@@ -569,6 +570,11 @@ class Trainer:
     def _add(self, tally: Tally, loss: PreferenceLoss, logps: PairLogps, weights: Tensor) -> None:
         add_pairs(tally, loss, logps, weights=weights)
         add_diagnostics(tally, loss, logps, weights=weights, has_logratios=self._has_logratios)
+
+    def _add_entropies(self, tally: Tally, weights: Tensor) -> None:
+        """Adds what the policy left of the micro-batch that it scored last, if it measures it."""
+        for side, values in zip(("chosen", "rejected"), self._engines.policy.entropies, strict=False):
+            tally.add(f"entropy/{side}", values, weights=weights)
 
     def _stop_at_loss(self, step: int, among: PreparedPairs, plan: Plan, suspects: Sequence[Tensor]) -> NoReturn:
         mine = [

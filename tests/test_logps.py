@@ -69,7 +69,7 @@ def test_target_logps_stay_finite_for_large_logits():
 
 
 def chunked(hidden: Tensor, targets: Tensor, weight: Tensor, *, chunk_bytes: int, kept_bytes: int = 0) -> Tensor:
-    return chunked_target_logps(
+    logps, _ = chunked_target_logps(
         hidden,
         targets,
         weight=weight,
@@ -79,6 +79,7 @@ def chunked(hidden: Tensor, targets: Tensor, weight: Tensor, *, chunk_bytes: int
         chunk_bytes=chunk_bytes,
         kept_bytes=kept_bytes,
     )
+    return logps
 
 
 @pytest.mark.parametrize("kept_bytes", [0, HALF, ALL])
@@ -117,7 +118,7 @@ def test_a_head_with_bias_scale_and_softcap_has_the_gradients_of_the_plain_formu
     head = Head(weight, bias, scale=0.5, softcap=2.0)
 
     expected = (2 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 2)).log_softmax(-1)[torch.arange(TOKENS), targets]
-    logps = chunked_target_logps(
+    logps, _ = chunked_target_logps(
         hidden,
         targets,
         weight=weight,
@@ -170,6 +171,25 @@ def test_no_logits_are_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         chunked(hidden, targets, weight, chunk_bytes=SMALLEST)
     assert sum(kept) == hidden.numel() + weight.numel() + 2 * TOKENS  # the targets and a log-sum-exp each
+
+
+def test_entropies_are_those_of_the_whole_distributions():
+    hidden, weight, targets = make_head_inputs()
+    expected = torch.distributions.Categorical(logits=(hidden @ weight.T).double()).entropy()
+    for chunk_bytes in (SMALLEST, HALF, ALL):
+        logps, entropies = chunked_target_logps(
+            hidden,
+            targets,
+            weight=weight,
+            bias=None,
+            logits=F.linear,
+            slope=None,
+            chunk_bytes=chunk_bytes,
+            wants_entropies=True,
+        )
+        assert torch.equal(logps, chunked(hidden, targets, weight, chunk_bytes=chunk_bytes))
+        assert not entropies.requires_grad
+        torch.testing.assert_close(entropies.double(), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_gradients_the_chunks_are_as_small():

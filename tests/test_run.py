@@ -258,6 +258,28 @@ def test_a_reference_with_larger_micro_batches_gives_the_same_losses(run, plain_
     assert losses(out) == pytest.approx(plain_losses, abs=1e-5)
 
 
+def test_the_entropies_are_those_of_a_plain_loop(run, tiny_chat):
+    rows = rows_of_words(8)
+    sections = {"data": {"eval": "held_out.jsonl"}, "tracking": {"entropy": True}}
+    shared = {"max_steps": 1, "sequence_parallel_size": 2}
+    for ranks, train in ((1, {"max_steps": 1}), (2, shared)):
+        _, out = run(ranks, rows=rows[:4], held_out=rows, train=train, **sections)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
+        model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float64)
+        for side in ("chosen", "rejected"):
+            means = []
+            for row in rows:
+                prompt, response = (
+                    tokenizer(row[part], add_special_tokens=False)["input_ids"] for part in ("prompt", side)
+                )
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*prompt, *response, 1]])).logits[0, len(prompt) - 1 : -1]
+                means.append(float(torch.distributions.Categorical(logits=logits).entropy().mean()))
+            first, name = lines(out, "eval")[0], f"entropy/{side}"
+            assert first[name] == pytest.approx(sum(means) / 8, abs=1e-5)
+            assert lines(out)[0][name] == pytest.approx(sum(means[:4]) / 4, abs=1e-5)
+
+
 def test_bfloat16_starts_at_rewards_of_exactly_zero_and_learns(run):
     finished, out = run(2, rows=rows_of_words(24), model={"dtype": "bfloat16"})
     finished.expect_success()
@@ -414,3 +436,13 @@ def test_real_pairs_and_a_real_model_generalise(run, material):
     assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert 95 <= after["pairs"] <= 105
     assert after["loss"] < 0.6
+
+
+@pytest.mark.parametrize("twice", [("policy",), ("reference",), ("policy", "reference")], ids=" and ".join)
+def test_weights_kept_twice_lose_the_same(run, plain_losses, tmp_path, twice):
+    """ZeRO++'s hpZ, of either engine: shards over all ranks, and again over those of one machine, here two."""
+    zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}
+    (tmp_path / "hpz.json").write_text(json.dumps({"zero_optimization": zero}))
+    finished, out = run(4, rows=rows_of_words(24), deepspeed=dict.fromkeys(twice, str(tmp_path / "hpz.json")))
+    finished.expect_success()
+    assert losses(out) == pytest.approx(plain_losses, rel=1e-5, abs=1e-6)

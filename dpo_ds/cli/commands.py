@@ -70,7 +70,9 @@ def _run(command: str, argv: Sequence[str]) -> None:
     from dpo_ds.cli.preflight import preflight
 
     machines = _machines(options) if options else None
-    inputs = preflight(run, ranks=machines.ranks if machines else 1, machines=machines)
+    # As few as there may be, where nobody says how many.
+    ranks = machines.ranks if machines else run.config.train.sequence_parallel_size
+    inputs = preflight(run, ranks=ranks, machines=machines)
     print(inputs.plan)
     if command == "prepare":
         for folder in filter(None, (inputs.train, inputs.evaluation)):

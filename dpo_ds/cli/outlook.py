@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,7 @@ def outlook(
         reference_config: resolved.
     """
     needs = Needs(config, schedule, train, ranks=machines.ranks)
+    exchanges = "" if config.train.sequence_parallel_size == 1 else ", beside what it exchanges for attention"
     shares = needs.shares(machines, config, policy_config, reference_config)
     micro_batches = needs.micro_batches
     moved = predicted(
@@ -121,7 +122,7 @@ def outlook(
         "memory": _table(machines, shares),
         "fits": _verdict(needs, machines, shares, config, policy_config, reference_config),
         "a step": f"{needs.flops / 1e12:,.1f} TFLOP in all; a rank takes {micro_batches:.3g} "
-        f"micro-batch{'es' * (micro_batches > 1)} and receives {moved.total / _GIB:,.1f} GiB",
+        f"micro-batch{'es' * (micro_batches > 1)} and receives {moved.total / _GIB:,.1f} GiB{exchanges}",
         "checkpoint": f"{trained * needs.state_bytes / _GIB:.3g} GiB",
     }
 
@@ -154,9 +155,9 @@ class Needs:
         cost = StepCost(*products(self._model), passes=8 if config.reference.mode in ("engine", "adapter") else 6)
         self._costs = cost.flops(tokens=lengths.tokens, scored=lengths.scored, attended=lengths.attended)
         self._rows: Rows = PackedRows(lengths.tokens, self._costs) if self._packed else PaddedRows(lengths.longer)
-        budget = config.train.tokens_per_micro_batch
+        budget, groups = config.train.tokens_per_micro_batch, ranks // config.train.sequence_parallel_size
         self._steps = [
-            plan_training(pairs, rows=self._rows, ranks=ranks, tokens_per_micro_batch=budget)
+            plan_training(pairs, rows=self._rows, ranks=groups, tokens_per_micro_batch=budget)
             for pairs in self._sampled_pairs()
         ]
         self._peaks = lru_cache(self._peaks_of)
@@ -193,13 +194,17 @@ class Needs:
         batches = [batch.pairs for plan in self._steps for rank in plan for batch in rank]
         largest = max(batches, key=lambda pairs: self._train.lengths.tokens[list(pairs)].sum())
         pairs = [self._train.pair(number) for number in largest]
-        dtype = _DTYPES[self._config.model.dtype]
-        policy = peaks_of_micro_batch(
-            self._policy, pairs, dtype=dtype, packed=self._packed, checkpointing=checkpointing, adapter=self._adapter
+        peaks = partial(
+            peaks_of_micro_batch,
+            pairs=pairs,
+            dtype=_DTYPES[self._config.model.dtype],
+            packed=self._packed,
+            parts=self._config.train.sequence_parallel_size,
         )
+        policy = peaks(self._policy, checkpointing=checkpointing, adapter=self._adapter)
         if self._config.model.reference is None:
             return policy, policy
-        frozen = peaks_of_micro_batch(self._reference, pairs, dtype=dtype, packed=self._packed, checkpointing=True)
+        frozen = peaks(self._reference, checkpointing=True)
         return policy, frozen
 
     @property
@@ -277,7 +282,10 @@ def _verdict(
             break
         if _fits(needs.shares(more, config, policy_config, reference_config), more):
             return f"no; it does on {nodes} such nodes"
-    return "no; lower train.tokens_per_micro_batch or data.max_length, train an adapter, or take more memory"
+    return (
+        "no; lower train.tokens_per_micro_batch or data.max_length, raise train.sequence_parallel_size, train an "
+        "adapter, or take more memory"
+    )
 
 
 def _ways_to_fit(config: RunConfig) -> list[list[tuple[str, str]]]:

@@ -265,7 +265,7 @@ def _checked(
     cache = _cache_folder(run.config, folder)
     run, policy_config, reference_config = _deepspeed_configs(run._replace(config=_located(run)))
     _check_offload(run.config, policy_config)
-    build_extensions(policy_config, optimizer=run.config.train.optimizer)
+    build_extensions(policy_config, reference_config=reference_config, optimizer=run.config.train.optimizer)
     config = run.config
     policy = config.model.policy
     reference = None if config.reference.mode == "none" else config.model.reference or policy

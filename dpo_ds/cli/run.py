@@ -108,6 +108,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
         activation_checkpointing=config.train.activation_checkpointing == "full",
         optimizer=inputs.optimizer,
         balances_experts=config.loss.router_aux > 0,
+        measures_entropy=config.tracking.entropy,
         adapter=inputs.adapter,
         adapter_start_is_reference=config.reference.mode == "adapter",
     )

@@ -273,6 +273,9 @@ class TrackingConfig:
     log_every: int = _key(1, "steps between two logged ones")
     answers: int = _key(0, "held-out prompts that the policy answers greedily at each evaluation, for people to read")
     answer_tokens: int = _key(64, "tokens of such an answer at most")
+    entropy: bool = _key(
+        False, "whether the entropy of the policy's tokens is logged, mean nats a token; costs some time"
+    )
     machines: bool = _key(False, "whether memory and load of each machine are logged with each step that is")
 
 

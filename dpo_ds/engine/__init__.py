@@ -55,6 +55,7 @@ def initialize(
     activation_checkpointing: bool = False,
     optimizer: OptimizerSettings | None = None,
     balances_experts: bool = False,
+    measures_entropy: bool = False,
     adapter: Adapter | None = None,
     adapter_start_is_reference: bool = False,
 ) -> Engines:
@@ -76,6 +77,7 @@ def initialize(
             backward.
         optimizer: what updates the policy; None is AdamW.
         balances_experts: whether the policy, a mixture of experts, has a ``routing_loss`` behind each ``score``.
+        measures_entropy: whether the policy has ``entropies`` behind each ``score``.
         adapter: trains in place of the policy's own weights; None trains those.
         adapter_start_is_reference: whether the reference is what the adapter begins with, scored by the policy's own
             engine; ``reference`` must then be None.
@@ -97,6 +99,7 @@ def initialize(
             keeps_start=adapter_start_is_reference and adapter is not None and adapter.path is not None,
         ),
         balances_experts=balances_experts,
+        measures_entropy=measures_entropy,
     )
     if activation_checkpointing:
         checkpoint_activations(policy_scorer.model)

@@ -31,6 +31,7 @@ _CPU_COLLECTIVE = ("ShareMemCommBuilder", "CPU collective")
 _CPU_ADAM = ("CPUAdamBuilder", "CPU Adam")
 _FILE_ACCESS = ("AsyncIOBuilder", "file access")
 _PINNED_MEMORY = ("PinMemoryBuilder", "pinned memory")
+_QUANTIZER = ("QuantizerBuilder", "quantizer")
 
 
 def expose_ninja() -> None:
@@ -54,19 +55,32 @@ def _offload_device(ds_config: Mapping[str, Any], section: str) -> str:
     return str((ds_config["zero_optimization"].get(section) or {}).get("device", "none"))
 
 
-def build_extensions(policy_config: Mapping[str, Any], *, optimizer: str = "adamw") -> None:
+def build_extensions(
+    policy_config: Mapping[str, Any], *, reference_config: Mapping[str, Any] | None = None, optimizer: str = "adamw"
+) -> None:
     """Builds what DeepSpeed would compile in the middle of the start, or opens what was built before.
 
     There it would die in ninja's output, on every rank, and a killed build would make all later ones wait without end.
 
     Args:
         policy_config: the policy's resolved DeepSpeed config.
+        reference_config: the reference's, if it has an engine.
         optimizer: what updates the policy.
 
     Raises:
-        UserError: the compiler or ninja is missing or does not work.
+        UserError: the compiler or ninja is missing or does not work, or there is no such extension for this device.
     """
-    wanted = [_CPU_COLLECTIVE] if get_accelerator().device_name() == "cpu" else []
+    on_cpu = get_accelerator().device_name() == "cpu"
+    wanted = [_CPU_COLLECTIVE] if on_cpu else []
+    for role, config in (("policy", policy_config), ("reference", reference_config)):
+        section = config["zero_optimization"] if config else {}
+        if quantized := [key for key, value in section.items() if key.startswith("zero_quantized_") and value]:
+            if on_cpu:
+                raise UserError(
+                    f"{quantized[0]} cannot be in the {role}'s ds_config on ranks without a GPU: DeepSpeed's quantizer "
+                    "is for GPUs alone; leave it out"
+                )
+            wanted.append(_QUANTIZER)
     if optimizer == "adamw" and keeps_optimizer_on_host(policy_config):
         wanted.append(_CPU_ADAM)
     if "nvme" in (_offload_device(policy_config, section) for section in ("offload_optimizer", "offload_param")):

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -86,6 +86,11 @@ class PolicyEngine:
     def routing_loss(self) -> Tensor | None:
         """The load-balancing loss of what was scored last, with gradients; None unless the scorer balances experts."""
         return self.model.routing_loss
+
+    @property
+    def entropies(self) -> Sequence[Tensor]:
+        """The mean entropies of the chosen and of the rejected responses scored last; none unless they are measured."""
+        return () if self.model.entropies is None else tuple(self.model.entropies)
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradients to the step's.

@@ -29,12 +29,15 @@ class Scorer(nn.Module):
     All that touches a parameter happens inside ``forward``, where a sharded engine's hooks see it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, balances_experts: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, balances_experts: bool = False, measures_entropy: bool = False
+    ) -> None:
         """Wraps a model.
 
         Args:
             model: a causal language model with a linear head.
             balances_experts: whether a forward with gradients leaves its ``routing_loss``, too.
+            measures_entropy: whether a forward leaves its ``entropies``, too.
 
         Raises:
             UserError: the model has no linear head.
@@ -45,6 +48,9 @@ class Scorer(nn.Module):
         self.balances_experts = balances_experts
         self.routing_loss: Tensor | None = None
         """Of the last forward."""
+        self.measures_entropy = measures_entropy
+        self.entropies: Tensor | None = None
+        """``(2, pairs)``, of the last forward: mean entropy, in nats, of the distributions of a response's tokens."""
         self.row_parts: RowParts | None = None
         """Who shares rows with this rank; None: nobody, it computes whole ones."""
 
@@ -60,7 +66,7 @@ class Scorer(nn.Module):
             row = batch.input_ids.shape[1]
             self.routing_loss = routing_loss(self.model, outputs.router_logits, batch.lengths, row=row)
         hidden = outputs.last_hidden_state
-        logps = chunked_target_logps(
+        logps, entropies = chunked_target_logps(
             hidden.flatten(0, 1)[batch.predicted_at],
             batch.targets,
             weight=self.head.weight,
@@ -69,10 +75,17 @@ class Scorer(nn.Module):
             slope=self.head.slope,
             chunk_bytes=LOGIT_CHUNK_BYTES,
             kept_bytes=KEPT_LOGIT_BYTES,
+            wants_entropies=self.measures_entropy,
         )
+        if entropies is not None:
+            self.entropies = self._by_response(entropies, batch) / batch.response_tokens.view(2, -1)
         if batch.token_weights is not None:
             logps = logps * batch.token_weights
-        sums = sum_by_response(logps, batch.response_of, responses=len(batch.response_tokens))
+        return self._by_response(logps, batch)
+
+    def _by_response(self, values: Tensor, batch: PairBatch) -> Tensor:
+        """Returns ``(2, pairs)``: the sums of scored tokens' values."""
+        sums = sum_by_response(values, batch.response_of, responses=len(batch.response_tokens))
         if self.row_parts is not None:
             sums = self.row_parts.sum(sums)
         return sums.float().view(2, -1)

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_ds.data.batch import packed_batch, padded_batch
+from dpo_ds.data.batch import PairBatch, packed_batch, padded_batch, part_of_rows
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.memory import Parameters, Peaks
@@ -69,6 +69,7 @@ def peaks_of_micro_batch(
     dtype: torch.dtype,
     packed: bool,
     checkpointing: bool,
+    parts: int = 1,
     adapter: Adapter | None = None,
 ) -> Peaks:
     """Returns what a micro-batch takes, as its tensors' sizes say; what an allocator loses is not in it.
@@ -81,11 +82,15 @@ def peaks_of_micro_batch(
         dtype: of the weights.
         packed: whether the pairs share a row, each its prompt.
         checkpointing: whether each layer keeps its input only.
+        parts: ranks that share rows; the one counts that has the most to score.
         adapter: trains in place of the model's own weights.
     """
     layers = config.get_text_config().num_hidden_layers
     fewer, more = _SAMPLED_LAYERS
-    run = partial(_run, pairs=pairs, dtype=dtype, packed=packed, checkpointing=checkpointing, adapter=adapter)
+    whole = (packed_batch if packed else padded_batch)(pairs)
+    of_ranks = [part_of_rows(whole, part=part, parts=parts) for part in range(parts)] if parts > 1 else [whole]
+    batch = max(of_ranks, key=lambda some: len(some.targets))
+    run = partial(_run, real=batch, dtype=dtype, checkpointing=checkpointing, parts=parts, adapter=adapter)
     if layers <= more:
         return run(config)
     short, longer = (run(_shortened(config, count)) for count in _SAMPLED_LAYERS)
@@ -105,20 +110,18 @@ def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 def _run(
     config: PretrainedConfig,
     *,
-    pairs: Sequence[TokenizedPair],
+    real: PairBatch,
     dtype: torch.dtype,
-    packed: bool,
     checkpointing: bool,
+    parts: int,
     adapter: Adapter | None,
 ) -> Peaks:
-    lay_out = packed_batch if packed else padded_batch
-    real = lay_out(pairs)
     model = without_weights(config, adapter, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
         disable_dropout(model)
-        _attend_fused(model)
+        _attend_fused(model, parts)
         _make_frozen_ones_buffers(model)
         scorer = Scorer(model)
         batch = real.to(torch.device("cpu"))
@@ -149,8 +152,15 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attend_fused(model: PreTrainedModel) -> None:
-    AttentionInterface.register("fused", lambda module, q, k, v, *_, **__: (_Fused.apply(q, k, v), None))  # type: ignore[no-untyped-call]
+def _attend_fused(model: PreTrainedModel, parts: int) -> None:
+    def attend(module: object, query: Tensor, *keys_and_values: Tensor, **_: object) -> tuple[Tensor, None]:
+        # Ranks that share rows have few of the heads of whole rows: as many values, and those of the result twice.
+        copies = max(1, parts // keys_and_values[0].shape[1])
+        repeated = [some.repeat_interleave(copies, dim=1) if copies > 1 else some for some in keys_and_values[:2]]
+        attended: Tensor = _Fused.apply(query, *repeated)  # type: ignore[no-untyped-call]
+        return attended.clone() if parts > 1 else attended, None
+
+    AttentionInterface.register("fused", attend)
     AttentionMaskInterface.register("fused", lambda *_, **__: None)
     model.set_attn_implementation("fused")
 

@@ -88,7 +88,11 @@ def test_every_recipe_is_planned():
             "no; it does with --deepspeed.reference ds_configs/zero3_reference_offload.json "
             "--deepspeed.policy ds_configs/zero3_offload_parameters.json",
         ),
-        (3, "no; lower train.tokens_per_micro_batch or data.max_length, train an adapter, or take more memory"),
+        (
+            3,
+            "no; lower train.tokens_per_micro_batch or data.max_length, raise train.sequence_parallel_size, train an "
+            "adapter, or take more memory",
+        ),
     ],
 )
 def test_where_it_does_not_fit_the_nearest_that_does_is_named(gib, verdict, hub, tmp_path, capsys):

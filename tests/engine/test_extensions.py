@@ -93,6 +93,16 @@ def test_cpu_adam_is_for_optimizers_that_are_kept_on_the_host(offload, on_host):
     assert keeps_optimizer_on_host(config) is on_host
 
 
+def test_a_quantizer_is_for_gpus_alone():
+    zero, plain = {"stage": 3, "zero_quantized_weights": True}, {"zero_optimization": {"stage": 3}}
+    with pytest.raises(
+        UserError, match="zero_quantized_weights cannot be in the reference's ds_config on ranks without"
+    ):
+        build_extensions(plain, reference_config={"zero_optimization": zero})
+    with pytest.raises(UserError, match="in the policy's ds_config"):
+        build_extensions({"zero_optimization": zero})
+
+
 def test_the_environments_own_ninja_is_found_first_although_none_is_activated(monkeypatch, tmp_path):
     another = tmp_path / "ninja"
     another.write_text("#!/bin/sh\n")
