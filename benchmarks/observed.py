@@ -168,13 +168,14 @@ class _Work:
 
 
 def _watch_training(observed: Observed, *, in_order: bool) -> None:
+    import dpo_ds.micro_batches
     import dpo_ds.trainer
     from dpo_ds.engine import PolicyEngine, ReferenceEngine
 
     _name_phases(ReferenceEngine, ("score",), "reference", observed)
     _name_phases(PolicyEngine, ("score", "backward"), "policy", observed)
     _name_phases(PolicyEngine, ("step",), "update", observed)
-    plan_training = plan_in_order if in_order else dpo_ds.trainer.plan_training
+    plan_training = plan_in_order if in_order else dpo_ds.micro_batches.plan_training
     train = dpo_ds.trainer.Trainer.train
 
     def plan(*args: Any, **kwargs: Any) -> Plan:
@@ -192,7 +193,7 @@ def _watch_training(observed: Observed, *, in_order: bool) -> None:
         finally:
             observed.step = 0
 
-    setattr(dpo_ds.trainer, "plan_training", plan)  # noqa: B010
+    setattr(dpo_ds.micro_batches, "plan_training", plan)  # noqa: B010
     setattr(dpo_ds.trainer.Trainer, "train", step)  # noqa: B010
 
 

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -16,18 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_ds.config import RunConfig, source_names
-from dpo_ds.data.batch import PairBatch, discounted, packed_batch, padded_batch
+from dpo_ds.data.batch import PairBatch
 from dpo_ds.data.feed import Feed, StepPairs
 from dpo_ds.data.prepared import PreparedPairs
-from dpo_ds.data.schedule import (
-    PackedRows,
-    PaddedRows,
-    Plan,
-    Rows,
-    plan_evaluation,
-    plan_training,
-    regroup,
-)
+from dpo_ds.data.schedule import Plan
 from dpo_ds.engine import DataParallel, Engines, ReferenceEngine, World
 from dpo_ds.engine.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, complete_checkpoints
 from dpo_ds.engine.reference_cache import CachedReference
@@ -47,7 +38,8 @@ from dpo_ds.metrics import (
     length_groups,
     length_names,
 )
-from dpo_ds.throughput import StepCost, Stopwatch
+from dpo_ds.micro_batches import MicroBatches, pair_logps
+from dpo_ds.throughput import Stopwatch
 from dpo_ds.tracking import Tracker
 from dpo_ds.watchdog import Watchdog
 from dpo_ds.whole_step import judge_whole_step
@@ -130,11 +122,19 @@ class Trainer:
         self._evaluation = evaluation
         self._world = world
         self._data_parallel = data_parallel
+        self._micro_batches = MicroBatches(
+            engines,
+            config,
+            data_parallel=data_parallel,
+            device=world.device,
+            packed=packed,
+            cached=cached,
+            heed=self._heed,
+        )
         self._tracker = tracker
         self._checkpoints = checkpoints
         self._progress = Progress()
         self._matmul_flops = matmul_flops
-        self._packed = packed
         self._agreement = agreement
         self._cached = cached
         self._answers = answers
@@ -145,10 +145,6 @@ class Trainer:
         alike = config.loss.ld_reference or config.loss.ld_alpha in (None, 1)
         self._has_logratios = alike and (engines.reference is not None or cached is not None)
         self._watchdog = self._watch() if self._has_logratios else None
-        self._cost = StepCost(*engines.policy.products(), passes=6 if engines.reference is None else 8)
-        # One, lest pairs that the feed has done with stay mapped.
-        self._costs = lru_cache(maxsize=1)(self._costs_of)
-        self._rows = lru_cache(maxsize=1)(self._rows_of)
 
     @torch.no_grad()
     def pass_the_gate(self, *, same_source: bool) -> bool:
@@ -169,7 +165,7 @@ class Trainer:
         for batch, reference in self._scored_by_equal_weights():
             self._heed()
             # Both on the same terms, those of the reference.
-            logps = _pair_logps(batch, self._engines.policy.score(self._for_reference(batch)), reference)
+            logps = pair_logps(batch, self._engines.policy.score(self._micro_batches.for_reference(batch)), reference)
             for name, pairs in (("loss", logps), ("expected", logps.unmoved())):
                 tally.add(name, self._objective(pairs, labels=batch.labels).losses, weights=batch.weights)
         means = tally.means(self._data_parallel.sum(tally.packed()))
@@ -263,11 +259,11 @@ class Trainer:
         clock = Stopwatch(self._world.synchronize)
         among, indices = self._of_step(step)
         pairs = len(indices)
-        plan = self._plan(among, indices)
-        batches = list(self._batches(among, plan))
+        plan = self._micro_batches.plan(among, indices)
+        batches = list(self._micro_batches.laid_out(among, plan))
         clock.lap("seconds/batches")
         # The reference scores the whole step first: its temporaries are gone when the policy's activations appear.
-        references = self._step_reference_logps(among, plan, batches)
+        references = self._micro_batches.reference_logps_of_step(among, plan, batches)
         clock.lap("seconds/reference")
         tally = Tally(self._world.device)
         suspects = []
@@ -315,7 +311,7 @@ class Trainer:
             "fill_rate": sums["work/filled"] / sums["work/positions"],
             "step_seconds": seconds,
             "tokens_per_second": sums["work/tokens"] / seconds,
-            "mfu": self._costs(among)[indices].sum() / (seconds * self._matmul_flops),
+            "mfu": self._micro_batches.flops(among)[indices].sum() / (seconds * self._matmul_flops),
             **{name: clock.laps[name] for name in ("seconds/batches", "seconds/wait", "seconds/update")},
         }
 
@@ -331,12 +327,7 @@ class Trainer:
         self._check_reference()
         if self._evaluation is None:
             return {}
-        plan = plan_evaluation(
-            range(len(self._evaluation)),
-            rows=self._rows(self._evaluation),
-            ranks=self._data_parallel.size,
-            tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
-        )
+        plan = self._micro_batches.plan_evaluation(self._evaluation)
         tally = Tally(self._world.device)
         self._engines.policy.model.eval()
         names = self._evaluated_sources(self._evaluation)
@@ -349,8 +340,8 @@ class Trainer:
         )
         mine = plan[self._data_parallel.rank]
         scored = []
-        for batch, reference in self._scored(self._evaluation, plan):
-            scored.append((self._score(batch, reference), batch.labels, batch.weights))
+        for batch, reference in self._micro_batches.scored_by_reference(self._evaluation, plan):
+            scored.append((self._micro_batches.score(batch, reference), batch.labels, batch.weights))
             self._add_entropies(tally, batch.weights)
         judged = self._losses(plan, [logps for logps, _, _ in scored], [labels for _, labels, _ in scored])
         for micro_batch, (logps, _, weights), (loss, _) in zip(mine, scored, judged, strict=True):
@@ -409,8 +400,7 @@ class Trainer:
         return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint"
 
     def _probe(self) -> PairBatch:
-        lay_out = packed_batch if self._packed else padded_batch
-        return lay_out([self._train.probe]).to(self._world.device)
+        return self._micro_batches.lay_out([self._train.probe])
 
     def _check_best(self, evaluation: dict[str, float]) -> None:
         name = self._config.checkpoint.keep_best
@@ -421,63 +411,14 @@ class Trainer:
         """Returns this rank's micro-batches of the gate and the reference's log-probs, which the policy has, too."""
         if self._cached is None:
             among, indices = self._of_step(1)
-            scored = list(islice(self._scored(among, self._plan(among, indices)), GATE_BATCHES))
+            plan = self._micro_batches.plan(among, indices)
+            scored = list(islice(self._micro_batches.scored_by_reference(among, plan), GATE_BATCHES))
             check_equal_scores(self._engines, [batch for batch, _ in scored], world=self._world)
             return scored
         policy = self._engines.policy
         policy.model.train()
         seed = self._config.train.seed
         return check_cached_scores(policy.score, self._cached, seed=seed, dtype=policy.dtype, world=self._world)
-
-    def _plan(self, among: PreparedPairs, indices: NDArray[np.int64]) -> Plan:
-        return plan_training(
-            indices,
-            rows=self._rows(among),
-            ranks=self._data_parallel.size,
-            tokens_per_micro_batch=self._config.train.tokens_per_micro_batch,
-        )
-
-    def _costs_of(self, pairs: PreparedPairs) -> NDArray[np.float64]:
-        lengths = pairs.lengths
-        return self._cost.flops(tokens=lengths.tokens, scored=lengths.scored, attended=lengths.attended)
-
-    def _rows_of(self, pairs: PreparedPairs) -> Rows:
-        if self._packed:
-            return PackedRows(pairs.lengths.tokens, self._costs(pairs))
-        return PaddedRows(pairs.lengths.longer)
-
-    def _batches(self, pairs: PreparedPairs, plan: Plan) -> Iterator[PairBatch]:
-        for micro_batch in plan[self._data_parallel.rank]:
-            lay_out = packed_batch if self._packed else padded_batch
-            batch = lay_out([pairs.pair(index) for index in micro_batch.pairs], weight=micro_batch.weight)
-            yield batch.to(self._world.device)
-
-    def _step_reference_logps(self, among: PreparedPairs, plan: Plan, batches: Sequence[PairBatch]) -> list[Tensor]:
-        budget = self._config.reference.tokens_per_micro_batch
-        if budget is None or self._engines.reference is None:
-            mine = zip(plan[self._data_parallel.rank], batches, strict=True)
-            return [self._reference_logps(among, micro_batch.pairs, batch) for micro_batch, batch in mine]
-        larger = regroup(plan, rows=self._rows(among), tokens_per_micro_batch=budget)
-        logps = {
-            pair: scores
-            for micro_batch, batch in zip(larger[self._data_parallel.rank], self._batches(among, larger), strict=True)
-            for pair, scores in zip(
-                micro_batch.pairs, self._engines.reference.score(self._for_reference(batch)).T, strict=True
-            )
-        }
-        return [torch.stack([logps[pair] for pair in mine.pairs], dim=1) for mine in plan[self._data_parallel.rank]]
-
-    def _scored(self, pairs: PreparedPairs, plan: Plan) -> Iterator[tuple[PairBatch, Tensor]]:
-        for micro_batch, batch in zip(plan[self._data_parallel.rank], self._batches(pairs, plan), strict=True):
-            yield batch, self._reference_logps(pairs, micro_batch.pairs, batch)
-
-    def _reference_logps(self, pairs: PreparedPairs, indices: Sequence[int], batch: PairBatch) -> Tensor:
-        if self._cached is not None:
-            return self._cached.logps(pairs, indices).to(self._world.device)
-        if self._engines.reference is None:
-            return torch.zeros(2, len(batch.weights), device=self._world.device)
-        self._heed()
-        return self._engines.reference.score(self._for_reference(batch))
 
     def _heed(self) -> None:
         """Saves and raises ``Stopped`` on all ranks once one was asked to; a step that was begun is taken again."""
@@ -521,15 +462,15 @@ class Trainer:
         """Yields each micro-batch's losses, its log-probs, and a scalar whose gradient is that of its pairs' losses."""
         if not self._objective.needs_whole_step:
             for batch, reference in zip(batches, references, strict=True):
-                logps = self._score(batch, reference)
+                logps = self._micro_batches.score(batch, reference)
                 loss = self._objective(logps, labels=batch.labels, running=self._running)
                 yield loss, logps, (loss.losses * batch.weights).sum()
             return
         with torch.no_grad():
-            everything = [self._score(*scored) for scored in zip(batches, references, strict=True)]
+            everything = [self._micro_batches.score(*scored) for scored in zip(batches, references, strict=True)]
         judged = self._losses(plan, everything, [batch.labels for batch in batches])
         for batch, reference, logps, (loss, slopes) in zip(batches, references, everything, judged, strict=True):
-            again = self._score(batch, reference)
+            again = self._micro_batches.score(batch, reference)
             yield loss, logps, (torch.stack([again.policy_chosen, again.policy_rejected]) * slopes).sum()
 
     def _losses(
@@ -550,14 +491,6 @@ class Trainer:
             running=self._running,
             sum_over_ranks=self._data_parallel.sum,
         )
-
-    def _score(self, batch: PairBatch, reference: Tensor) -> PairLogps:
-        self._heed()
-        return _pair_logps(batch, self._engines.policy.score(discounted(batch, self._config.loss.ld_alpha)), reference)
-
-    def _for_reference(self, batch: PairBatch) -> PairBatch:
-        loss = self._config.loss
-        return discounted(batch, loss.ld_alpha if loss.ld_reference else None)
 
     def _routing(self, tally: Tally, weights: Tensor) -> Tensor | float:
         """Returns what the routers of the micro-batch that was scored last add to the sum over its pairs."""
@@ -595,7 +528,3 @@ class Trainer:
             f"step {step}: {what} for {len(pairs)} pair{'s' * (len(pairs) > 1)} ({named}); the weights are those "
             f"before the step, {self._last_checkpoint()}; lower train.learning_rate, or look at these pairs"
         )
-
-
-def _pair_logps(batch: PairBatch, policy: Tensor, reference: Tensor) -> PairLogps:
-    return PairLogps(*policy, *reference, *batch.response_tokens.view(2, -1))

@@ -12,7 +12,7 @@ FLOORS = {
     1: {"dpo", "data", "whole_step"},
     2: {"models"},
     3: {"engine"},
-    4: {"trainer", "gate"},
+    4: {"trainer", "gate", "micro_batches"},
     5: {"cli", "__main__"},
 }
 LEAVES = {"config", "tracking", "report", "errors", "files", "launcher", "__init__"}
