@@ -443,6 +443,11 @@ def test_weights_kept_twice_lose_the_same(run, plain_losses, tmp_path, twice):
     """ZeRO++'s hpZ, of either engine: shards over all ranks, and again over those of one machine, here two."""
     zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}
     (tmp_path / "hpz.json").write_text(json.dumps({"zero_optimization": zero}))
-    finished, out = run(4, rows=rows_of_words(24), deepspeed=dict.fromkeys(twice, str(tmp_path / "hpz.json")))
+    start = partial(run, 4, rows=rows_of_words(24), deepspeed=dict.fromkeys(twice, str(tmp_path / "hpz.json")))
+    finished, out = start(checkpoint={"every": 3, "keep": 2})
     finished.expect_success()
     assert losses(out) == pytest.approx(plain_losses, rel=1e-5, abs=1e-6)
+    if twice == ("policy",):
+        finished, again = start(checkpoint={"resume": str(out / "checkpoints/step-00000003")})
+        finished.expect_success()
+        assert losses(again) == losses(out)[3:]

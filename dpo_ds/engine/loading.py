@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_utils
@@ -62,12 +63,19 @@ def load_sharded(
             except UserError as error:
                 problem = str(error)
         world.agree(problem)
+        _forget_group_of_hpz()
         deepspeed.zero.Init(module=model, config_dict_or_path=dict(ds_config))
     return model
 
 
+def _forget_group_of_hpz() -> None:
+    # DeepSpeed keeps one for the whole process: a second model with hpZ would be refused, and one without take part.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
 @contextmanager
 def _sharding_at_load(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    _forget_group_of_hpz()
     # transformers keeps this object by weak reference only: while it lives, from_pretrained loads into shards.
     living = HfDeepSpeedConfig(dict(ds_config))
     yield
