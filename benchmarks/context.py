@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.training import MALLOC, TrainingRun, steps_of
 from dpo_ds.data.tokenization import TokenizedPair
-from dpo_ds.memory import peak, shares_of_policy, shares_of_reference
+from dpo_ds.memory import Peaks, peak, shares_of_policy, shares_of_reference
 from dpo_ds.models.shapes import parameters_of, peaks_of_micro_batch, without_weights
 
 LENGTH = 8192
@@ -31,6 +31,7 @@ AGREE_TO = 0.01
 GPU_GIB = 80
 PROGRAM_GIB = 2  # CUDA's context and NCCL's buffers; a guess
 LENGTHS = (8192, 32_768, 65_536, 131_072)
+FOUND_AT = (2048, 4096)
 SIZES = (1, 2, 4, 8)
 # The shapes of Llama 3.1, as published.
 MODELS = {
@@ -143,22 +144,23 @@ def _fitting(name: str, gpus: int, shape: dict[str, int]) -> dict[str, Any]:
     parameters = parameters_of(without_weights(config), threshold=100_000)
     held = {}
     for size in SIZES:
+        shorter, longer = (_peaks(config, length, parts=size) for length in FOUND_AT)
         for length in LENGTHS:
-            ids = (5,) * (length // 2)
-            peaks = peaks_of_micro_batch(
-                config,
-                [TokenizedPair("0", ids, ids, ids)],
-                dtype=torch.bfloat16,
-                packed=True,
-                checkpointing=True,
-                parts=size,
-            )
+            # What grows, grows with the tokens.
+            further = (length - FOUND_AT[1]) / (FOUND_AT[1] - FOUND_AT[0])
+            peaks = Peaks(*(round(b + further * (b - a)) for a, b in zip(shorter, longer, strict=True)))
             shares = [
                 *shares_of_policy(parameters, policy, itemsize=2, ranks=gpus, activations=peaks),
                 *shares_of_reference(parameters, reference, itemsize=2, ranks=gpus, activations=peaks),
             ]
             held[f"{size}, {length}"] = PROGRAM_GIB + peak(shares).device / 2**30
     return {"model": name, "parameters": parameters.total, "gib": held}
+
+
+def _peaks(config: LlamaConfig, length: int, *, parts: int) -> Peaks:
+    ids = (5,) * (length // 2)
+    pair = TokenizedPair("0", ids, ids, ids)
+    return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing=True, parts=parts)
 
 
 def _fitting_table(fitting: list[dict[str, Any]]) -> str:

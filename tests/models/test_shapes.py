@@ -68,13 +68,21 @@ def test_an_adapter_alone_trains():
     assert found.trained == 2 * into
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("adapter", [None, Adapter(r=4)])
-def test_a_checkpointed_layer_keeps_its_input(adapter):
+def test_a_checkpointed_layer_keeps_its_input_or_its_part_of_it(adapter, parts):
     def training(layers: int) -> int:
         config = LlamaConfig(**SMALL, num_hidden_layers=layers)
-        return peaks_of_micro_batch(config, PAIRS, adapter=adapter, **OPTIONS | {"checkpointing": True}).training
+        options = OPTIONS | {"checkpointing": True, "parts": parts}
+        return peaks_of_micro_batch(config, PAIRS, adapter=adapter, **options).training
 
-    assert training(12) - training(11) == 2 * WIDTH * TOKENS
+    assert training(12) - training(11) == 2 * WIDTH * -(-TOKENS // parts)
+
+
+def test_ranks_that_share_rows_hold_parts_of_all_that_a_layer_keeps():
+    config = LlamaConfig(**SMALL, num_hidden_layers=8)
+    alone, shared = (peaks_of_micro_batch(config, PAIRS, parts=parts, **OPTIONS).training for parts in (1, 4))
+    assert 0.2 < shared / alone < 0.4
 
 
 @pytest.mark.parametrize(
