@@ -66,16 +66,16 @@ def plain_losses(folder: Path, config: LoraConfig) -> list[float]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("ranks", "mode", "extra"),
+    ("ranks", "mode", "extra", "sharing_rows"),
     [
-        (2, "adapter", {}),
-        (1, "engine", {"use_rslora": True}),
+        (2, "adapter", {}, 1),
+        (2, "adapter", {}, 2),
+        (1, "engine", {"use_rslora": True}, 1),
     ],
 )
-def test_an_adapter_trains_as_in_a_plain_loop_with_peft(run: Run, tiny_chat: Path, ranks, mode, extra):
-    finished, out = run(
-        ranks, rows=rows_of_words(24), adapter={**LORA, **extra}, reference={"mode": mode}, train=TRAIN["train"]
-    )
+def test_an_adapter_trains_as_in_a_plain_loop_with_peft(run: Run, tiny_chat: Path, ranks, mode, extra, sharing_rows):
+    train = TRAIN["train"] | {"sequence_parallel_size": sharing_rows}
+    finished, out = run(ranks, rows=rows_of_words(24), adapter={**LORA, **extra}, reference={"mode": mode}, train=train)
     finished.expect_success()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LORA["target_modules"], task_type="CAUSAL_LM", **extra)
     expected = plain_losses(tiny_chat, config)

@@ -169,10 +169,12 @@ class Scorer(nn.Module):
             row_parts: who they are.
             bound: largest difference per token that may come from rounding.
         """
-        expected = self(batch)
-        self.row_parts = row_parts
         try:
+            expected = self(batch)
+            self.row_parts = row_parts
             difference = (self(batch) - expected).flatten() / batch.response_tokens
+        except UserError as error:
+            return str(error)
         finally:
             self.row_parts = None
         worst = float(difference.abs().max())
