@@ -37,7 +37,7 @@ def why_not_packable(model: PreTrainedModel) -> str | None:
     It looks at the model's code and config only; ``Scorer.why_not_packed`` has the proof.
     """
     name = type(model).__name__
-    if not model.base_model.is_backend_compatible():
+    if not model.is_backend_compatible():
         return f"{name} does not use transformers' attention interface"
     config = model.config.get_text_config()
     layers = set((config.layer_types if hasattr(config, "layer_types") else None) or ()) - _LAYERS

@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.errors import UserError, first_line
 from dpo_ds.logps import Slope
+from dpo_ds.models import x_transformer
+
+x_transformer.register()
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
