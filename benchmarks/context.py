@@ -160,7 +160,7 @@ def _fitting(name: str, gpus: int, shape: dict[str, int]) -> dict[str, Any]:
 def _peaks(config: LlamaConfig, length: int, *, parts: int) -> Peaks:
     ids = (5,) * (length // 2)
     pair = TokenizedPair("0", ids, ids, ids)
-    return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing=True, parts=parts)
+    return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing="full", parts=parts)
 
 
 def _fitting_table(fitting: list[dict[str, Any]]) -> str:

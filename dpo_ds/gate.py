@@ -129,6 +129,29 @@ def split_rows(
         scorer.row_parts = row_parts
 
 
+def tile_mlps(
+    scorers: Mapping[str, Scorer], pair: TokenizedPair, *, tokens: int | None, dtype: torch.dtype, world: World
+) -> None:
+    """Lets MLPs take few tokens at a time, once all models have proven that they can; collective.
+
+    Args:
+        scorers: by their keys in the run file.
+        pair: any pair of the data.
+        tokens: ``train.tokens_per_mlp_tile``; None: nothing changes.
+        dtype: of the weights.
+        world: the ranks.
+
+    Raises:
+        UserError: a model cannot do it.
+    """
+    if tokens is None:
+        return
+    batch = padded_batch(_pieces(pair)).to(world.device)
+    for key, scorer in scorers.items():
+        reason = scorer.why_not_tiled(batch, tokens=tokens, bound=PACKED_BOUND[dtype])
+        world.agree(reason and f"train.tokens_per_mlp_tile must be null for {key}: {reason}")
+
+
 def _pieces(pair: TokenizedPair) -> list[TokenizedPair]:
     return [_piece(pair, 32), _piece(pair, 12), _piece(pair, 20)]
 

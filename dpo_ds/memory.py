@@ -35,10 +35,12 @@ class Peaks(NamedTuple):
     Attributes:
         training: forward and backward; with the gradients of one weight, which then go to the engine.
         scoring: forward alone.
+        host: what of the training waits in host memory, where the tensors are not there anyway.
     """
 
     training: int
     scoring: int
+    host: int = 0
 
 
 class Share(NamedTuple):
@@ -114,7 +116,7 @@ def shares_of_policy(
         *states[_device(zero, "offload_optimizer")],
         Share("gradient buckets", device=bucket),
         Share("gradient buckets, scattered", device=bucket, phase="training"),
-        Share("activations of a micro-batch", device=activations.training, phase="training"),
+        Share("activations of a micro-batch", device=activations.training, host=activations.host, phase="training"),
     ]
 
 

@@ -109,7 +109,9 @@ def plain_losses(tiny_chat: Path) -> list[float]:
     return six_plain_steps(tiny_chat)
 
 
-def six_plain_steps(tiny_chat: Path, *, learning_rate: float = 1e-3, **options: Any) -> list[float]:
+def six_plain_steps(
+    tiny_chat: Path, *, model: torch.nn.Module | None = None, learning_rate: float = 1e-3, **options: Any
+) -> list[float]:
     """Six steps of four pairs by plain PyTorch, with transformers' own tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
 
@@ -120,7 +122,7 @@ def six_plain_steps(tiny_chat: Path, *, learning_rate: float = 1e-3, **options: 
         PlainPair(ids(row["prompt"]), [*ids(row["chosen"]), 1], [*ids(row["rejected"]), 1]) for row in rows_of_words(24)
     ]
     assert tokenizer.eos_token_id == 1
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
+    model = model or AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
     steps = [pairs[start : start + 4] for start in range(0, 24, 4)]
     return dpo_losses(model, steps, beta=0.1, learning_rate=learning_rate, clip=1.0, **options)
 
@@ -248,6 +250,14 @@ def test_twenty_steps_lose_the_same_packed_and_padded(run):
     assert packed[-1] < packed[0] - 0.05
     assert all(line["fill_rate"] == 1.0 for line in by_layout[0])
     assert by_layout[0][0]["tokens"] == by_layout[1][0]["tokens"]
+
+
+@pytest.mark.parametrize(("layout", "mode"), [("packed", "engine"), ("padded", "engine"), ("packed", "cache")])
+def test_mlps_by_tiles_and_inputs_on_the_host_lose_what_a_plain_loop_loses(run, plain_losses, layout, mode):
+    small = {"tokens_per_mlp_tile": 7, "activation_checkpointing": "offload", "layout": layout}
+    finished, out = run(2, rows=rows_of_words(24), train=small, reference={"mode": mode})
+    finished.expect_success()
+    assert losses(out) == pytest.approx(plain_losses, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

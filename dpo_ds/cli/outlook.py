@@ -26,7 +26,7 @@ from dpo_ds.memory import (
 )
 from dpo_ds.models.adapters import Adapter
 from dpo_ds.models.attention import why_not_packable
-from dpo_ds.models.causal_lm import load_model_config, products
+from dpo_ds.models.causal_lm import Checkpointing, load_model_config, products
 from dpo_ds.models.shapes import parameters_of, peaks_of_micro_batch, without_weights
 from dpo_ds.throughput import StepCost
 from dpo_ds.traffic import Sizes, predicted
@@ -43,17 +43,22 @@ _PROGRAM_OF_GPU_RANK = Share("program (assumed)", device=2 * _GIB, host=4 * _GIB
 """CUDA's context and NCCL's buffers; a guess."""
 
 _CHECKPOINTING = ("train.activation_checkpointing", "full")
+_INPUTS_AWAY = ("train.activation_checkpointing", "offload")
 _REFERENCE_AWAY = ("deepspeed.reference", "ds_configs/zero3_reference_offload.json")
 _OPTIMIZER_AWAY = ("deepspeed.policy", "ds_configs/zero3_offload_optimizer.json")
 _WEIGHTS_AWAY = ("deepspeed.policy", "ds_configs/zero3_offload_parameters.json")
 _WAYS_TO_FIT = (
     (_CHECKPOINTING,),
+    (_INPUTS_AWAY,),
     (_REFERENCE_AWAY,),
     (_CHECKPOINTING, _REFERENCE_AWAY),
+    (_INPUTS_AWAY, _REFERENCE_AWAY),
     (_OPTIMIZER_AWAY,),
     (_CHECKPOINTING, _OPTIMIZER_AWAY),
     (_CHECKPOINTING, _REFERENCE_AWAY, _OPTIMIZER_AWAY),
+    (_INPUTS_AWAY, _REFERENCE_AWAY, _OPTIMIZER_AWAY),
     (_CHECKPOINTING, _REFERENCE_AWAY, _WEIGHTS_AWAY),
+    (_INPUTS_AWAY, _REFERENCE_AWAY, _WEIGHTS_AWAY),
 )
 """From what costs little time to what costs much."""
 
@@ -189,7 +194,7 @@ class Needs:
         else:
             yield np.arange(min(len(self._train), self._config.train.pairs_per_step))
 
-    def _peaks_of(self, checkpointing: bool) -> tuple[Peaks, Peaks]:
+    def _peaks_of(self, checkpointing: Checkpointing) -> tuple[Peaks, Peaks]:
         """Of the policy and of the reference, for the largest micro-batch of the sampled steps."""
         batches = [batch.pairs for plan in self._steps for rank in plan for batch in rank]
         largest = max(batches, key=lambda pairs: self._train.lengths.tokens[list(pairs)].sum())
@@ -199,13 +204,19 @@ class Needs:
             pairs=pairs,
             dtype=_DTYPES[self._config.model.dtype],
             packed=self._packed,
+            tile=self._config.train.tokens_per_mlp_tile,
             parts=self._config.train.sequence_parallel_size,
         )
         policy = peaks(self._policy, checkpointing=checkpointing, adapter=self._adapter)
         if self._config.model.reference is None:
             return policy, policy
-        frozen = peaks(self._reference, checkpointing=True)
+        frozen = peaks(self._reference, checkpointing=None)
         return policy, frozen
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether the policy's layers can compute again what they did not keep."""
+        return bool(self._model.supports_gradient_checkpointing)
 
     @property
     def state_bytes(self) -> int:
@@ -227,7 +238,7 @@ class Needs:
             policy_config: resolved.
             reference_config: resolved.
         """
-        policy, reference = self._peaks(config.train.activation_checkpointing == "full")
+        policy, reference = self._peaks(config.train.activation_checkpointing)
         sizes = {"itemsize": self.itemsize, "ranks": machines.ranks}
         parameters = self.parameters(policy_config)
         shares = shares_of_policy(parameters, policy_config, activations=policy, state_bytes=self.state_bytes, **sizes)
@@ -270,7 +281,7 @@ def _verdict(
         return "not known without --gpu_gib, or --host_gib for ranks without a GPU"
     if _fits(shares, machines):
         return "yes" if machines.host_gib is not None else "yes, if the host has what is said above"
-    for way in _ways_to_fit(config) if machines.gpu_gib is not None else ():
+    for way in _ways_to_fit(config, needs) if machines.gpu_gib is not None else ():
         other = needs.shares(machines, *_changed(way, config, policy_config, reference_config))
         if _fits(other, machines):
             return "no; it does with " + " ".join(f"--{key} {value}" for key, value in way)
@@ -288,11 +299,13 @@ def _verdict(
     )
 
 
-def _ways_to_fit(config: RunConfig) -> list[list[tuple[str, str]]]:
+def _ways_to_fit(config: RunConfig, needs: Needs) -> list[list[tuple[str, str]]]:
     """Returns what may be changed, without what is so already or would change nothing."""
     idle = set()
-    if config.train.activation_checkpointing == "full":
+    if config.train.activation_checkpointing != "none" or not needs.recomputable:
         idle.add(_CHECKPOINTING)
+    if config.train.activation_checkpointing == "offload" or not needs.recomputable:
+        idle.add(_INPUTS_AWAY)
     if config.reference.mode != "engine":
         idle.add(_REFERENCE_AWAY)
     return [changes for way in _WAYS_TO_FIT if (changes := [change for change in way if change not in idle])]
@@ -305,8 +318,9 @@ def _changed(
     reference_config: Mapping[str, Any],
 ) -> tuple[RunConfig, Mapping[str, Any], Mapping[str, Any]]:
     for key, value in way:
-        if key == "train.activation_checkpointing":
-            config = replace(config, train=replace(config.train, activation_checkpointing="full"))
+        if key.startswith("train."):
+            changed: dict[str, Any] = {key.removeprefix("train."): value}
+            config = replace(config, train=replace(config.train, **changed))
             continue
         path, dtype = resolve_path(value, key=key, run_file=None), config.model.dtype
         if key == "deepspeed.reference":

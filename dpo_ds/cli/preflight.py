@@ -417,7 +417,7 @@ def _check_offload(config: RunConfig, policy_config: Mapping[str, Any]) -> None:
 _CHANGEABLE = {
     *("data.train", "data.eval", "data.max_dropped", "data.processes", "data.streaming"),
     *("train.activation_checkpointing", "train.layout", "train.tokens_per_micro_batch"),
-    *("train.sequence_parallel_size", "train.eval_every"),
+    *("train.tokens_per_mlp_tile", "train.sequence_parallel_size", "train.eval_every"),
 }
 
 

@@ -9,7 +9,7 @@ from dpo_ds.engine import DataParallel, World, initialize_reference
 from dpo_ds.engine.reference_cache import CachedReference, LogpCache, Source
 from dpo_ds.engine.reference_key import Scoring, checkpoint_digest
 from dpo_ds.engine.stopping import Agreement
-from dpo_ds.gate import check_cached_scores, check_head, choose_layout, split_rows
+from dpo_ds.gate import check_cached_scores, check_head, choose_layout, split_rows, tile_mlps
 
 
 def cached_reference(
@@ -47,6 +47,7 @@ def cached_reference(
             tokens_per_micro_batch=config.reference.tokens_per_micro_batch or config.train.tokens_per_micro_batch,
             attention=config.model.attention,
             sequence_parallel_size=config.train.sequence_parallel_size,
+            tokens_per_mlp_tile=config.train.tokens_per_mlp_tile,
             device=world.device.type,
             libraries=f"torch {torch.__version__}, transformers {transformers.__version__}",
         )
@@ -80,6 +81,7 @@ def _complete(
     pair = cached.caches[0].pairs.pair(0)
     check_head(reference.model, pair, key="model.reference", dtype=inputs.dtype, world=world)
     scorers, dtype = {"model.reference": reference.model}, inputs.dtype
+    tile_mlps(scorers, pair, tokens=config.train.tokens_per_mlp_tile, dtype=dtype, world=world)
     packed = choose_layout(scorers, pair, layout=inputs.layout, dtype=dtype, world=world)
     split_rows(scorers, pair, row_parts=data_parallel.row_parts, packed=packed, dtype=dtype, world=world)
     for cache in cached.caches:

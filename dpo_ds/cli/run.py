@@ -29,7 +29,7 @@ from dpo_ds.engine.reference_cache import CachedReference
 from dpo_ds.engine.stopping import Agreement, stoppable
 from dpo_ds.errors import Stopped, UserError
 from dpo_ds.files import write_whole
-from dpo_ds.gate import check_heads, choose_layout, split_rows
+from dpo_ds.gate import check_heads, choose_layout, split_rows, tile_mlps
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.signals import StopRequest
 from dpo_ds.models.tokenizer import load_tokenizer
@@ -105,7 +105,7 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
         dtype=inputs.dtype,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
-        activation_checkpointing=config.train.activation_checkpointing == "full",
+        activation_checkpointing=config.train.activation_checkpointing,
         optimizer=inputs.optimizer,
         balances_experts=config.loss.router_aux > 0,
         measures_entropy=config.tracking.entropy,
@@ -118,6 +118,8 @@ def _train(inputs: Inputs, agreement: Agreement, world: World, identity: Identit
         own_reference.check_it_can_follow(engines.policy)
     pair = _same_pairs(inputs.train, world).pair(0)
     check_heads(engines, pair, world=world)
+    tile = config.train.tokens_per_mlp_tile
+    tile_mlps(engines.scorers, pair, tokens=tile, dtype=inputs.dtype, world=world)
     packed = choose_layout(engines.scorers, pair, layout=inputs.layout, dtype=inputs.dtype, world=world)
     row_parts = data_parallel.row_parts
     split_rows(engines.scorers, pair, row_parts=row_parts, packed=packed, dtype=inputs.dtype, world=world)

@@ -45,6 +45,11 @@ def check(config: RunConfig) -> None:
         ("train.tokens_per_micro_batch", train.tokens_per_micro_batch >= 1, ">= 1"),
         ("train.sequence_parallel_size", train.sequence_parallel_size >= 1, ">= 1"),
         (
+            "train.tokens_per_mlp_tile",
+            train.tokens_per_mlp_tile is None or train.tokens_per_mlp_tile >= 1,
+            ">= 1 or null",
+        ),
+        (
             "train.sequence_parallel_size",
             train.sequence_parallel_size == 1 or config.model.attention == "auto",
             "1 unless model.attention is auto, since attention runs on whole rows of some heads",

@@ -205,8 +205,11 @@ class TrainConfig:
     layout: Literal["auto", "packed", "padded"] = _key(
         "auto", "packed: pairs in one row, each prompt once; auto: where the model allows it"
     )
-    activation_checkpointing: Literal["none", "full"] = _key(
-        "none", "full: keep only each layer's input and compute the rest again in backward"
+    activation_checkpointing: Literal["none", "full", "offload"] = _key(
+        "none", "full: keep only each layer's input, compute the rest again in backward; offload: keep it on the host"
+    )
+    tokens_per_mlp_tile: int | None = _key(
+        None, "tokens that an MLP takes at a time, for long pairs; a tile is computed again in backward; null: all"
     )
     optimizer: Literal["adamw", "lion", "rmsprop"] = _key(
         "adamw", "lion and rmsprop keep one number of every weight in place of two"

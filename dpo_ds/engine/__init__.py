@@ -13,7 +13,7 @@ from dpo_ds.engine.policy import PolicyEngine
 from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
 from dpo_ds.engine.world import World
 from dpo_ds.models.adapters import Adapter
-from dpo_ds.models.causal_lm import checkpoint_activations
+from dpo_ds.models.causal_lm import Checkpointing, checkpoint_activations
 from dpo_ds.models.scorer import Scorer
 
 __all__ = [
@@ -52,7 +52,7 @@ def initialize(
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     trust_remote_code: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = "none",
     optimizer: OptimizerSettings | None = None,
     balances_experts: bool = False,
     measures_entropy: bool = False,
@@ -73,8 +73,7 @@ def initialize(
         dtype: of both models' weights; the policy's masters are float32.
         attention: ``auto``, or the name of an attention that transformers knows.
         trust_remote_code: whether code that comes with the weights may run.
-        activation_checkpointing: whether the policy keeps each layer's input only, and computes the rest again in
-            backward.
+        activation_checkpointing: what the policy's layers keep for backward.
         optimizer: what updates the policy; None is AdamW.
         balances_experts: whether the policy, a mixture of experts, has a ``routing_loss`` behind each ``score``.
         measures_entropy: whether the policy has ``entropies`` behind each ``score``.
@@ -101,8 +100,7 @@ def initialize(
         balances_experts=balances_experts,
         measures_entropy=measures_entropy,
     )
-    if activation_checkpointing:
-        checkpoint_activations(policy_scorer.model)
+    checkpoint_activations(policy_scorer.model, activation_checkpointing)
     world.trim_memory()  # whole tensors passed through while shards were cut from them
     policy_engine = PolicyEngine(
         policy_scorer,

@@ -29,6 +29,7 @@ class Scoring:
         tokens_per_micro_batch: decides the micro-batches' shapes, and these the rounding.
         attention: ``model.attention``.
         sequence_parallel_size: ranks that share rows, and so decide how these are cut.
+        tokens_per_mlp_tile: decides how MLPs cut rows.
         device: kind of device.
         libraries: versions of those whose code computes.
         block_pairs: pairs of a block; micro-batches never reach over its end.
@@ -42,6 +43,7 @@ class Scoring:
     tokens_per_micro_batch: int
     attention: str
     sequence_parallel_size: int
+    tokens_per_mlp_tile: int | None
     device: str
     libraries: str
     block_pairs: int = BLOCK_PAIRS

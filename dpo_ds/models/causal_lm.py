@@ -5,12 +5,16 @@ No rank may enter: whoever wants the weights sharded opens that context around t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.errors import UserError, first_line
@@ -103,12 +107,36 @@ def products(model: PreTrainedModel, size: Callable[[Tensor], int] = Tensor.nume
     return sum(size(p) for p in model.parameters() if id(p) not in lookups), size(head), attention
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Lets each layer keep its input only and compute the rest again in backward."""
+Checkpointing = Literal["none", "full", "offload"]
+"""What layers keep for backward: all; their inputs, and compute the rest again; these inputs, in host memory."""
+
+
+def checkpoint_activations(model: PreTrainedModel, how: Checkpointing) -> None:
+    """Lets each layer keep for backward what is said.
+
+    Raises:
+        UserError: the model's layers cannot compute anything again.
+    """
+    if how == "none":
+        return
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.activation_checkpointing must be none for {type(model).__name__}, whose layers cannot compute "
+            f"again, got {how}"
+        )
     # The second is its name before transformers 5.23.
     renamed = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in model.modules() if how == "offload" else ():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._gradient_checkpointing_func = partial(_with_inputs_on_host, layer._gradient_checkpointing_func)
+
+
+def _with_inputs_on_host(run: Callable[..., Any], *args: Any) -> Any:
+    # Nothing but the inputs meets this hook: what is saved inside meets the checkpoint's own.
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return run(*args)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dpo_ds.models.attention import share_prompts, shares_prompts, sharing_promp
 from dpo_ds.models.causal_lm import head_of
 from dpo_ds.models.routing import routing_loss
 from dpo_ds.models.row_parts import RowParts
+from dpo_ds.models.tiles import tile_mlps, why_not_tileable
 
 LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
@@ -156,6 +157,29 @@ class Scorer(nn.Module):
         return (
             f"{type(self.model).__name__} scores packed pairs unlike single ones "
             f"(log-probs differ by {difference:.2g} a token, bound {bound:g})"
+        )
+
+    @torch.no_grad()
+    def why_not_tiled(self, batch: PairBatch, *, tokens: int, bound: float) -> str | None:
+        """Returns why this model's MLPs cannot take few tokens at a time, None where they do from now on.
+
+        Args:
+            batch: which proves that it makes no difference.
+            tokens: that an MLP takes at a time.
+            bound: largest difference per token that may come from rounding.
+        """
+        reason = why_not_tileable(self.model)
+        if reason is not None:
+            return reason
+        expected = self(batch)
+        tile_mlps(self.model, tokens=min(tokens, batch.input_ids.shape[-1] // 2))
+        difference = float(((self(batch) - expected).flatten() / batch.response_tokens).abs().max())
+        tile_mlps(self.model, tokens=tokens)
+        if difference <= bound:
+            return None
+        return (
+            f"{type(self.model).__name__} scores otherwise when its MLPs take few tokens at a time (log-probs differ "
+            f"by {difference:.2g} a token, bound {bound:g})"
         )
 
     @torch.no_grad()

@@ -27,8 +27,9 @@ from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.dropout import disable_dropout
 from dpo_ds.memory import Parameters, Peaks
 from dpo_ds.models.adapters import Adapter, attach
-from dpo_ds.models.causal_lm import checkpoint_activations
+from dpo_ds.models.causal_lm import Checkpointing, checkpoint_activations
 from dpo_ds.models.scorer import Scorer
+from dpo_ds.models.tiles import tile_mlps
 
 _SAMPLED_LAYERS = (2, 4)
 
@@ -68,7 +69,8 @@ def peaks_of_micro_batch(
     *,
     dtype: torch.dtype,
     packed: bool,
-    checkpointing: bool,
+    checkpointing: Checkpointing | None,
+    tile: int | None = None,
     parts: int = 1,
     adapter: Adapter | None = None,
 ) -> Peaks:
@@ -81,7 +83,8 @@ def peaks_of_micro_batch(
         pairs: the micro-batch's.
         dtype: of the weights.
         packed: whether the pairs share a row, each its prompt.
-        checkpointing: whether each layer keeps its input only.
+        checkpointing: what layers keep for backward; None: there is no backward.
+        tile: tokens that an MLP takes at a time, None: all.
         parts: ranks that share rows; the one counts that has the most to score.
         adapter: trains in place of the model's own weights.
     """
@@ -90,12 +93,18 @@ def peaks_of_micro_batch(
     whole = (packed_batch if packed else padded_batch)(pairs)
     of_ranks = [part_of_rows(whole, part=part, parts=parts) for part in range(parts)] if parts > 1 else [whole]
     batch = max(of_ranks, key=lambda some: len(some.targets))
-    run = partial(_run, real=batch, dtype=dtype, checkpointing=checkpointing, parts=parts, adapter=adapter)
+    run = partial(_run, real=batch, dtype=dtype, checkpointing=checkpointing, tile=tile, parts=parts, adapter=adapter)
     if layers <= more:
         return run(config)
     short, longer = (run(_shortened(config, count)) for count in _SAMPLED_LAYERS)
-    per_layer = [(b - a) // (more - fewer) for a, b in zip(short, longer, strict=True)]
-    return Peaks(*(peak + step * (layers - more) for peak, step in zip(longer, per_layer, strict=True)))
+    training, scoring = (
+        (b - a) * (layers - more) // (more - fewer)
+        for a, b in ((short.training, longer.training), (short.scoring, longer.scoring))
+    )
+    if checkpointing == "offload":
+        # All that grows with the layers is their inputs; those of the sampled ones stand for what is on its way.
+        return Peaks(longer.training, longer.scoring + scoring, host=training)
+    return Peaks(longer.training + training, longer.scoring + scoring)
 
 
 def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -112,7 +121,8 @@ def _run(
     *,
     real: PairBatch,
     dtype: torch.dtype,
-    checkpointing: bool,
+    checkpointing: Checkpointing | None,
+    tile: int | None,
     parts: int,
     adapter: Adapter | None,
 ) -> Peaks:
@@ -123,12 +133,15 @@ def _run(
         disable_dropout(model)
         _attend_fused(model, parts)
         _make_frozen_ones_buffers(model)
+        if tile is not None:
+            tile_mlps(model, tokens=tile)
         scorer = Scorer(model)
         batch = real.to(torch.device("cpu"))
         with torch.no_grad():
             scoring = _peak(lambda: scorer(batch), scorer)
-        if checkpointing:
-            checkpoint_activations(model)
+        if checkpointing is None:
+            return Peaks(training=0, scoring=scoring)
+        checkpoint_activations(model, checkpointing)
         scorer.train()
         for parameter in scorer.parameters():
             # As the engine does: a gradient leaves as soon as it is whole.

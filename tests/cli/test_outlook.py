@@ -85,6 +85,12 @@ def test_every_recipe_is_planned():
         (20, "no; it does with --deepspeed.policy ds_configs/zero3_offload_optimizer.json"),
         (
             8,
+            "no; it does with --train.activation_checkpointing offload "
+            "--deepspeed.reference ds_configs/zero3_reference_offload.json "
+            "--deepspeed.policy ds_configs/zero3_offload_optimizer.json",
+        ),
+        (
+            6,
             "no; it does with --deepspeed.reference ds_configs/zero3_reference_offload.json "
             "--deepspeed.policy ds_configs/zero3_offload_parameters.json",
         ),

@@ -50,6 +50,7 @@ def scoring(layout: str = "padded") -> Scoring:
         tokens_per_micro_batch=100,
         attention="auto",
         sequence_parallel_size=1,
+        tokens_per_mlp_tile=None,
         device="cpu",
         libraries="l",
         block_pairs=4,

@@ -43,7 +43,7 @@ def swap_two_weights(tensors: dict[str, torch.Tensor]) -> None:
 EXPORTED = {"llama": "20KB", "llama-tied": "50GB", "deepseek_v3": "50GB"}
 WAYS_TO_TRAIN: dict[str, dict[str, Any]] = {
     "plain": {},
-    "activation checkpointing": {"activation_checkpointing": True},
+    "activation checkpointing": {"activation_checkpointing": "full"},
     "ds_configs/zero3_offload_optimizer.json": {},
     "ds_configs/zero3_offload_parameters.json": {},
     "ds_configs/zero3_large_cpu.json": {},
