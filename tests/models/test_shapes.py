@@ -79,6 +79,28 @@ def test_a_checkpointed_layer_keeps_its_input_or_its_part_of_it(adapter, parts):
     assert training(12) - training(11) == 2 * WIDTH * -(-TOKENS // parts)
 
 
+def test_layers_whose_inputs_wait_in_host_memory_take_none_on_the_device():
+    few, more = (
+        peaks_of_micro_batch(
+            LlamaConfig(**SMALL, num_hidden_layers=layers), PAIRS, **OPTIONS | {"checkpointing": "offload"}
+        )
+        for layers in (11, 12)
+    )
+    assert few.training == more.training
+    assert more.host - few.host == 2 * WIDTH * TOKENS
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_tiles_bound_what_is_as_wide_as_an_mlp_is_inside(checkpointing):
+    wide = LlamaConfig(**SMALL | {"intermediate_size": 64 * WIDTH}, num_hidden_layers=4)
+    options = OPTIONS | {"checkpointing": checkpointing}
+    whole, *tiled = (
+        peaks_of_micro_batch(wide, PAIRS, tile=tile, **options) for tile in (None, TOKENS // 8, TOKENS // 64)
+    )
+    assert tiled[1].training < tiled[0].training < whole.training / 2
+    assert tiled[1].scoring < tiled[0].scoring < whole.scoring
+
+
 def test_ranks_that_share_rows_hold_parts_of_all_that_a_layer_keeps():
     config = LlamaConfig(**SMALL, num_hidden_layers=8)
     alone, shared = (peaks_of_micro_batch(config, PAIRS, parts=parts, **OPTIONS).training for parts in (1, 4))
