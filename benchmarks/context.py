@@ -4,12 +4,13 @@ python -m benchmarks.context runs dpo_ds through launch/train.py on a tiny model
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig
@@ -18,6 +19,7 @@ from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.training import MALLOC, TrainingRun, steps_of
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.memory import Peaks, peak, shares_of_policy, shares_of_reference
+from dpo_ds.models.causal_lm import Checkpointing
 from dpo_ds.models.shapes import parameters_of, peaks_of_micro_batch, without_weights
 
 LENGTH = 8192
@@ -25,19 +27,29 @@ LENGTH = 8192
 
 STEPS, WARM_UP = 4, 2
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS = 4, 256, 640, 4, 2
-AT_ONCE_OR_AGAIN = ("none", "full")
+Way = tuple[Checkpointing, int | None]
+MEASURED: tuple[Way, ...] = (("none", None), ("full", None), ("full", 512))
+"""What layers keep, and tokens that an MLP takes at a time."""
 AGREE_TO = 0.01
 
 GPU_GIB = 80
 PROGRAM_GIB = 2  # CUDA's context and NCCL's buffers; a guess
 LENGTHS = (8192, 32_768, 65_536, 131_072)
-FOUND_AT = (2048, 4096)
+FOUND_AT = (8192, 16_384)
 SIZES = (1, 2, 4, 8)
+COMPUTED: tuple[Way, ...] = (("full", None), ("offload", 1024))
 # The shapes of Llama 3.1, as published.
 MODELS = {
     "8B on 8 GPUs": (8, {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "heads": 32}),
     "70B on 64 GPUs": (64, {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "heads": 64}),
 }
+
+
+class Held(NamedTuple):
+    """GiB of a GPU and, for it, of its host."""
+
+    device: float
+    host: float
 
 
 def main() -> None:
@@ -51,9 +63,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     measured = [
-        _measured(work, args.cache / "llama-context", size=size, checkpointing=checkpointing)
-        for checkpointing in AT_ONCE_OR_AGAIN
-        for size in (1, 2)
+        _measured(work, args.cache / "llama-context", size=size, way=way) for way in MEASURED for size in (1, 2)
     ]
     first = [run["losses"][0] for run in measured]
     if max(first) - min(first) > AGREE_TO:
@@ -66,7 +76,7 @@ def main() -> None:
     (args.out / "context.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _measured(work: Path, model: Path, *, size: int, checkpointing: str) -> dict[str, Any]:
+def _measured(work: Path, model: Path, *, size: int, way: Way) -> dict[str, Any]:
     from benchmarks import workload
 
     workload.write_model(
@@ -79,7 +89,8 @@ def _measured(work: Path, model: Path, *, size: int, checkpointing: str) -> dict
         tied=False,
         positions=LENGTH,
     )
-    folder = work / f"{checkpointing}-{size}"
+    checkpointing, tile = way
+    folder = work / f"{checkpointing}-{tile}-{size}"
     folder.mkdir()
     tokens = LENGTH // 2 * 3
     prompt, response = LENGTH // 2, LENGTH // 2 - 1
@@ -99,6 +110,7 @@ def _measured(work: Path, model: Path, *, size: int, checkpointing: str) -> dict
         layout="packed",
         sequence_parallel_size=size,
         activation_checkpointing=checkpointing,
+        tokens_per_mlp_tile=tile,
     )
     arguments = ["launch/train.py", "--config", str(run.write(folder))]
     ended = run_ranks(arguments, ranks=2, log=folder / "log.txt", environment=MALLOC)
@@ -108,6 +120,7 @@ def _measured(work: Path, model: Path, *, size: int, checkpointing: str) -> dict
     return {
         "sequence_parallel_size": size,
         "activation_checkpointing": checkpointing,
+        "tokens_per_mlp_tile": tile,
         "seconds": statistics.mean(step["step_seconds"] for step in steps[WARM_UP:]),
         "peak_gib_a_rank": max(ended.memory.peak_rss.values()) / 2**30,
         "losses": [step["loss"] for step in steps],
@@ -117,19 +130,20 @@ def _measured(work: Path, model: Path, *, size: int, checkpointing: str) -> dict
 def _measured_table(measured: list[dict[str, Any]]) -> str:
     lines = [
         f"\nTwo ranks without a GPU, two pairs a step, prompts and responses of {LENGTH // 2} tokens each",
-        "| ranks that share a row | activation checkpointing | seconds a step | peak memory a rank, GiB |",
-        "|---|---|---|---|",
+        "| ranks that share a row | activation checkpointing | tokens of an MLP's tile | seconds a step "
+        "| peak memory a rank, GiB |",
+        "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {run['sequence_parallel_size']} | {run['activation_checkpointing']} | {run['seconds']:.1f} "
-        f"| {run['peak_gib_a_rank']:.2f} |"
+        f"| {run['sequence_parallel_size']} | {run['activation_checkpointing']} "
+        f"| {run['tokens_per_mlp_tile'] or 'all'} | {run['seconds']:.1f} | {run['peak_gib_a_rank']:.2f} |"
         for run in measured
     ]
     return "\n".join(lines)
 
 
 def _fitting(name: str, gpus: int, shape: dict[str, int]) -> dict[str, Any]:
-    """Returns what a GPU would hold, in GiB, by sequence parallel size and length."""
+    """Returns what a GPU and its host would hold, in GiB, by way, sequence parallel size and length."""
     sizes = {key: value for key, value in shape.items() if key != "heads"}
     config = LlamaConfig(
         vocab_size=128_256,
@@ -142,9 +156,10 @@ def _fitting(name: str, gpus: int, shape: dict[str, int]) -> dict[str, Any]:
         json.loads((ROOT / "ds_configs" / f"{file}.json").read_text()) for file in ("zero3", "zero3_reference")
     )
     parameters = parameters_of(without_weights(config), threshold=100_000)
-    held = {}
-    for size in SIZES:
-        shorter, longer = (_peaks(config, length, parts=size) for length in FOUND_AT)
+    rows = []
+    for way, size in itertools.product(COMPUTED, SIZES):
+        shorter, longer = (_peaks(config, length, way=way, parts=size) for length in FOUND_AT)
+        held = []
         for length in LENGTHS:
             # What grows, grows with the tokens.
             further = (length - FOUND_AT[1]) / (FOUND_AT[1] - FOUND_AT[0])
@@ -153,29 +168,39 @@ def _fitting(name: str, gpus: int, shape: dict[str, int]) -> dict[str, Any]:
                 *shares_of_policy(parameters, policy, itemsize=2, ranks=gpus, activations=peaks),
                 *shares_of_reference(parameters, reference, itemsize=2, ranks=gpus, activations=peaks),
             ]
-            held[f"{size}, {length}"] = PROGRAM_GIB + peak(shares).device / 2**30
-    return {"model": name, "parameters": parameters.total, "gib": held}
+            held.append(Held(PROGRAM_GIB + peak(shares).device / 2**30, peak(shares).host / 2**30))
+        rows.append({"way": way, "sequence_parallel_size": size, "held": held})
+    return {"model": name, "parameters": parameters.total, "lengths": LENGTHS, "rows": rows}
 
 
-def _peaks(config: LlamaConfig, length: int, *, parts: int) -> Peaks:
+def _peaks(config: LlamaConfig, length: int, *, way: Way, parts: int) -> Peaks:
     ids = (5,) * (length // 2)
     pair = TokenizedPair("0", ids, ids, ids)
-    return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing="full", parts=parts)
+    checkpointing, tile = way
+    sizes: dict[str, Any] = {"tile": tile, "parts": parts}
+    return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing=checkpointing, **sizes)
 
 
 def _fitting_table(fitting: list[dict[str, Any]]) -> str:
     lines = [
         f"\nBy arithmetic, GiB on a GPU of {GPU_GIB} (bold: fits), one pair a micro-batch, half of a sequence prompt,\n"
-        "both models in bfloat16 under ds_configs/zero3*.json, activations computed again",
-        "| Llama 3.1 | ranks that share a row | " + " | ".join(f"{length:,} tokens" for length in LENGTHS) + " |",
-        "|---" * (2 + len(LENGTHS)) + "|",
+        "both models in bfloat16 under ds_configs/zero3*.json; behind +: in host memory, for this GPU",
+        "| Llama 3.1 | activation checkpointing | tokens of an MLP's tile | ranks that share a row | "
+        + " | ".join(f"{length:,} tokens" for length in LENGTHS)
+        + " |",
+        "|---" * (4 + len(LENGTHS)) + "|",
     ]
     for model in fitting:
-        for size in SIZES:
-            held = [model["gib"][f"{size}, {length}"] for length in LENGTHS]
-            shown = [f"**{gib:.0f}**" if gib <= GPU_GIB else f"{gib:.0f}" for gib in held]
-            lines.append(f"| {model['model']} | {size} | " + " | ".join(shown) + " |")
+        for row in model["rows"]:
+            checkpointing, tile = row["way"]
+            cells = [model["model"], checkpointing, tile or "all", row["sequence_parallel_size"]]
+            lines.append("| " + " | ".join(map(str, [*cells, *map(_cell, row["held"])])) + " |")
     return "\n".join(lines)
+
+
+def _cell(held: Held) -> str:
+    device = f"**{held.device:.0f}**" if held.device <= GPU_GIB else f"{held.device:.0f}"
+    return device + (f" + {held.host:.0f}" if held.host else "")
 
 
 if __name__ == "__main__":

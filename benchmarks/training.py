@@ -26,6 +26,7 @@ class TrainingRun:
     reference_mode: str = "engine"
     sequence_parallel_size: int = 1
     activation_checkpointing: str = "none"
+    tokens_per_mlp_tile: int | None = None
     policy_config: str = "ds_configs/zero3_cpu.json"
     reference_config: str = "ds_configs/zero3_reference_cpu.json"
 
@@ -42,6 +43,7 @@ class TrainingRun:
                 "layout": self.layout,
                 "sequence_parallel_size": self.sequence_parallel_size,
                 "activation_checkpointing": self.activation_checkpointing,
+                "tokens_per_mlp_tile": self.tokens_per_mlp_tile,
                 "max_steps": self.steps,
                 "learning_rate": self.learning_rate,
                 "schedule": "constant",
