@@ -6,7 +6,8 @@ belongs to the engines.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import NamedTuple
+from types import CellType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class DPO(nn.Module):
         self.pad_id = pad_id
         disable_dropout(model)
         self.policy_model = model
-        self.ref_model = deepcopy(model).requires_grad_(False).eval()
+        self.ref_model = _copy(model).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "DPO":
         """Sets the policy's mode; the reference stays in evaluation mode."""
@@ -206,6 +207,26 @@ class DPO(nn.Module):
             f"the response in {side}_seq has no token to score: leave the pair out, or mend its masks or pad_id",
         )
         return response_mask
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Returns a copy that shares nothing with the model, not even through what its functions hold.
+
+    ``deepcopy`` leaves functions as they are. A ``TransformerWrapper`` of x-transformers with tied embeddings has one
+    as its head, which holds the module itself: the copy's hidden states would be multiplied by the policy's weights.
+    """
+    memo: dict[int, Any] = {}
+    copied = deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and value.__closure__:
+                cells = tuple(
+                    CellType(memo.get(id(cell.cell_contents), cell.cell_contents)) for cell in value.__closure__
+                )
+                bound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+                bound.__kwdefaults__ = value.__kwdefaults__
+                setattr(module, name, bound)
+    return copied
 
 
 def _check_mask(name: str, mask: Tensor, ids: Tensor) -> None:

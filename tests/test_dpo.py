@@ -257,6 +257,18 @@ def test_the_first_response_token_is_trained_here_and_not_in_x_transformers():
     assert ours.table.grad[1, 2] < 0 < ours.table.grad[1, 0]
 
 
+def test_a_reference_with_tied_embeddings_keeps_its_own_head_which_that_of_x_transformers_does_not():
+    def disturbed(wrapper: type) -> tuple[Tensor, Tensor]:
+        model = tiny_transformer(tie_embedding=True).eval()
+        wrapped, ids = wrapper(model), torch.tensor([[1, 2, 3]])
+        before = wrapped.ref_model(ids)
+        disturb(model)
+        return before, wrapped.ref_model(ids)
+
+    assert torch.equal(*disturbed(DPO))
+    assert not torch.allclose(*disturbed(x_transformers.DPO))
+
+
 # The two models
 
 

@@ -25,9 +25,11 @@ PROBABILITIES = [[0.1, 0.7, 0.1, 0.1], [0.3, 0.2, 0.4, 0.1], [0.5, 0.2, 0.2, 0.1
 PAD = 3
 
 
-def tiny_transformer() -> TransformerWrapper:
+def tiny_transformer(*, tie_embedding: bool = False) -> TransformerWrapper:
     layers = Decoder(dim=32, depth=1, heads=2, attn_dim_head=16, attn_dropout=0.1, ff_dropout=0.1)
-    return TransformerWrapper(num_tokens=VOCAB, max_seq_len=12, emb_dropout=0.1, attn_layers=layers)
+    return TransformerWrapper(
+        num_tokens=VOCAB, max_seq_len=12, emb_dropout=0.1, attn_layers=layers, tie_embedding=tie_embedding
+    )
 
 
 def tiny_llama() -> nn.Module:
