@@ -302,27 +302,27 @@ class _BlockedAttention(torch.autograd.Function):
             _put(out.transpose(1, 2)[:, :, block.rows], torch.bmm(weights, values))
             keep = weights.shape[-1] <= QUERY_BLOCK and softcap is None and any(ctx.needs_input_grad)
             kept.append(weights if keep else None)
-        ctx.save_for_backward(query, key, value, out, *kept)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.settings = (spans, window, scale, softcap)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *kept = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         spans, window, scale, softcap = ctx.settings
+        blocks = list(_blocks(spans, window))
+        # The keys of a pair in several blocks gather from all of them.
+        is_sum = any(block.pair is None for block in blocks)
         dquery = torch.empty_like(query)
-        # A prompt's keys gather from both responses, and from every block of them.
-        dkey = torch.zeros_like(key, dtype=torch.float32)
-        dvalue = torch.zeros_like(value, dtype=torch.float32)
-        attended = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)
-        for block, weights in zip(_blocks(spans, window), kept, strict=True):
+        dkey, dvalue = (torch.zeros_like(x, dtype=torch.float32 if is_sum else x.dtype) for x in (key, value))
+        for block, weights in zip(blocks, kept, strict=True):
             queries, keys, values = _of_block(block, query, key, value)
             slope = None
             if weights is None:
                 weights, slope = _weights(queries, keys, block, window=window, scale=scale, softcap=softcap)
             dout = _fold(grad.transpose(1, 2)[:, :, block.rows], key)
-            dscores = torch.bmm(dout, values.transpose(1, 2))
-            dscores.sub_(_fold(attended[:, :, block.rows], key)).mul_(weights)
+            dweights = torch.bmm(dout, values.transpose(1, 2))
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             if slope is not None:
                 dscores.mul_(slope)
             _put(dquery[:, :, block.rows], torch.bmm(dscores, keys).mul_(scale))
@@ -348,7 +348,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _fold(x: Tensor, key: Tensor) -> Tensor:
     """``(batch, heads, n, width)`` -> ``(batch * key_value_heads, heads per key * n, width)``."""
-    return x.reshape(key.shape[0] * key.shape[1], -1, x.shape[-1])
+    return x.reshape(key.shape[0] * key.shape[1], -1, x.shape[-1]).contiguous()
 
 
 def _put(target: Tensor, folded: Tensor) -> None:
@@ -366,16 +366,16 @@ def _weights(
     queries: Tensor, keys: Tensor, block: _Block, *, window: int | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the attention weights of a block and, with a softcap, the slope of the capped scores."""
-    shape = (len(queries), queries.shape[1], keys.shape[1])
+    mask = _mask(block, window=window, dtype=queries.dtype, device=queries.device)
+    scores = queries.new_empty(len(queries), queries.shape[1], keys.shape[1])
+    by_head = scores.view(len(queries), -1, *mask.shape)  # the heads that share a key lie below each other
     if softcap is None:
-        scores = queries.new_empty(shape).baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
-        slope = None
-    else:
-        capped = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale / softcap).tanh_()
-        scores, slope = capped * softcap, 1 - capped.square()
-    mask = _mask(block, window=window, dtype=scores.dtype, device=scores.device)
-    scores.view(shape[0], -1, *mask.shape).add_(mask)  # the heads that share a key lie below each other
-    return scores.softmax(-1), slope
+        by_head.copy_(mask)
+        return scores.baddbmm_(queries, keys.transpose(1, 2), alpha=scale).softmax(-1), None
+    capped = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale / softcap).tanh_()
+    torch.mul(capped, softcap, out=scores)
+    by_head.add_(mask)
+    return scores.softmax(-1), 1 - capped.square()
 
 
 def _mask(block: _Block, *, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
