@@ -1,5 +1,6 @@
 """Runs that train an adapter on real ranks, beside a plain loop with peft, and what they leave."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from dpo_ds.cli.preflight import preflight
 from dpo_ds.config import parse_run
 from dpo_ds.errors import UserError
 from tests.plain_dpo import PlainPair, response_logp
-from tests.test_resume import SETTINGS, record, start, write_run
+from tests.ranks import run_ranks
+from tests.test_resume import EXPORT, SETTINGS, assert_equal_to_rounding, copied, record, start, write_run
+from tests.test_run import TRAIN as LAUNCH
 from tests.test_run import Run, losses, rows_of_words
 from tests.test_run import run as run
 
@@ -141,6 +144,34 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_ends_as_one_that_w
     assert [line for line in record(again) if line["step"] > 2] == lines
     resumed = load_file(again / "out/export/adapter_model.safetensors")
     assert all(torch.equal(weight, resumed[name]) for name, weight in exported.items())
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("ranks", "zero"), [(1, {}), (3, {}), (2, {"offload_optimizer": {"device": "cpu"}})], ids=["1", "3", "2, offloaded"]
+)
+def test_an_adapter_goes_on_elsewhere(trained: Path, tmp_path: Path, ranks, zero):
+    again = copied(trained, tmp_path / "again")
+    second = trained / "out/checkpoints/step-00000002"
+    shutil.rmtree(again / "out")
+    config = json.loads((again / "zero.json").read_text())
+    config["zero_optimization"] |= zero
+    (again / "elsewhere.json").write_text(json.dumps(config))
+    command = [LAUNCH, "--config", again / "run.yaml", "--checkpoint.resume", second, "--deepspeed.policy"]
+    run_ranks(ranks, [*command, again / "elsewhere.json"], folder=again).expect_success()
+    of_steps_3_and_4 = [[line for line in record(folder) if line["step"] > 2] for folder in (again, trained)]
+    assert_equal_to_rounding(*of_steps_3_and_4, 1e-5)
+
+
+@pytest.mark.ranks
+def test_the_adapter_of_a_checkpoint_is_exported_without_training(trained: Path, tmp_path: Path):
+    command = [EXPORT, "--config", trained / "run.yaml", "--export.folder", tmp_path / "adapter"]
+    run_ranks(1, command, folder=tmp_path).expect_success()
+    stored, expected = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "adapter", trained / "out/export")
+    )
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(weight, stored[name]) for name, weight in expected.items())
 
 
 @pytest.mark.ranks
