@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
-from benchmarks.training import MALLOC, TrainingRun, steps_of
+from benchmarks.training import TrainingRun, steps_of
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.memory import Peaks, peak, shares_of_policy, shares_of_reference
 from dpo_ds.models.causal_lm import Checkpointing
@@ -113,7 +113,7 @@ def _measured(work: Path, model: Path, *, size: int, way: Way) -> dict[str, Any]
         tokens_per_mlp_tile=tile,
     )
     arguments = ["launch/train.py", "--config", str(run.write(folder))]
-    ended = run_ranks(arguments, ranks=2, log=folder / "log.txt", environment=MALLOC)
+    ended = run_ranks(arguments, ranks=2, log=folder / "log.txt")
     if ended.status:
         raise SystemExit(f"a run ended with {ended.status}; see {folder / 'log.txt'}")
     steps = steps_of(folder)

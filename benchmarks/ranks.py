@@ -55,7 +55,7 @@ def run_ranks(
     *,
     ranks: int,
     log: Path,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> Ended:
     """Runs what ``deepspeed`` starts, to its end.
@@ -64,7 +64,7 @@ def run_ranks(
         arguments: ``deepspeed``'s, behind its own options.
         ranks: how many, one thread each.
         log: file for all that they print.
-        environment: added to this process's.
+        environment: added to this process's; None adds nothing.
         limit: bytes that all ranks together may hold; more ends them, before the kernel ends something else. None does
             not watch the sum, which costs the ranks some time.
     """
@@ -77,7 +77,7 @@ def run_ranks(
         program = subprocess.Popen(
             [*launcher, "--master_port", str(port), *arguments],
             cwd=ROOT,
-            env={**os.environ, "PATH": scripts, **ENVIRONMENT, **environment},
+            env={**os.environ, "PATH": scripts, **ENVIRONMENT, **(environment or {})},
             stdout=out,
             stderr=subprocess.STDOUT,
         )

@@ -23,12 +23,14 @@ class Program:
         micro_batch: of a rank: dpo_ds's in tokens, the others' in pairs. The defaults, 4096 and TRL's 8, are slower on
             a CPU.
         layout: dpo_ds's.
+        preloads: whether it gets the allocator that dpo_ds starts itself with.
     """
 
     name: str
     kind: str
     micro_batch: int
     layout: str = ""
+    preloads: bool = False
 
 
 @dataclass

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from benchmarks.observed import plan_in_order
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.traffic import counted
-from benchmarks.training import MALLOC, TrainingRun, steps_of
+from benchmarks.training import TrainingRun, steps_of
+from dpo_ds.launcher.allocator import preloaded
 from dpo_ds.data.schedule import Lengths, PackedRows, plan_training
 from dpo_ds.traffic import Sizes, Traffic, predicted
 
@@ -147,7 +148,7 @@ def _measured(point: Point, model: Path, sizes: Sizes, *, folder: Path, args: ar
         ["--module", "benchmarks.observed", *options],
         ranks=point.ranks,
         log=folder / "log.txt",
-        environment=MALLOC,
+        environment=preloaded({}),  # what dpo_ds starts itself with; here it is a module's guest
     )
     if ended.status:
         raise SystemExit(f"{point} ended with {ended.status}; see {folder / 'log.txt'}")

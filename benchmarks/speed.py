@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.report import Measured, Program, draw, summary, table
-from benchmarks.training import MALLOC, TrainingRun, steps_of
+from benchmarks.training import TrainingRun, steps_of
+from dpo_ds.launcher.allocator import preloaded
 from dpo_ds.throughput import StepCost
 
 RANKS = 2
@@ -32,7 +33,9 @@ PROGRAMS = (
     Program("dpo_ds, packed", "dpo_ds", 2048, "packed"),
     Program("dpo_ds, padded", "dpo_ds", 2048, "padded"),
     Program("padded loop, 1 pair at a time", "padded_loop", 1),
+    Program("padded loop, with jemalloc", "padded_loop", 1, preloads=True),
     Program("TRL DPOTrainer, 1 pair at a time", "trl_trainer", 1),
+    Program("TRL DPOTrainer, with jemalloc", "trl_trainer", 1, preloads=True),
     Program("TRL DPOTrainer, 4 pairs at a time", "trl_trainer", 4),
 )
 
@@ -56,7 +59,7 @@ def main() -> None:
                     program,
                     measured[program],
                     given,
-                    folder=work / f"{number}-{program.kind}-{program.layout}{program.micro_batch}",
+                    folder=work / f"{number}-{program.name.replace(', ', '-').replace(' ', '_')}",
                 )
     report = summary(measured, given, rates, cost=cost, ranks=RANKS, warm_up=args.warm_up)
     print(table(report))
@@ -71,8 +74,8 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=Path, help="real pairs, in any form that data.train takes; default: synthetic ones")
     add("--tokenizer", type=Path, help="their tokenizer; needed with --data")
     add("--rounds", type=int, default=1, help="how often each program runs")
-    add("--steps", type=int, default=7, help="steps of a run")
-    add("--warm_up", type=int, default=3, help="first steps of a run that do not count")
+    add("--steps", type=int, default=6, help="steps of a run")
+    add("--warm_up", type=int, default=2, help="first steps of a run that do not count")
     add("--only", nargs="+", choices=sorted({program.kind for program in PROGRAMS}), help="compare these")
     add("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder for the model and the runs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for speed.json and speed.png")
@@ -122,10 +125,14 @@ def _prepare(args: argparse.Namespace, work: Path) -> tuple[dict[str, Any], Step
 
 def _run(program: Program, measured: Measured, given: dict[str, Any], *, folder: Path) -> None:
     print(f"{program.name} ...", flush=True)
+    allocator = preloaded({}) if program.preloads else {}
+    if program.preloads and not allocator:
+        measured.skipped = "the machine has no jemalloc"
+        return
     folder.mkdir()
     arguments = _dpo_ds(program, given, folder) if program.kind == "dpo_ds" else _other(program, given, folder)
     log = folder / "log.txt"
-    ended = run_ranks(arguments, ranks=RANKS, log=log, environment=MALLOC)
+    ended = run_ranks(arguments, ranks=RANKS, log=log, environment=allocator)
     if ended.status:
         lines = log.read_text().splitlines()
         refusals = [line for line in lines if line.startswith("error: ") or line.startswith("ModuleNotFoundError: ")]

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# glibc would map every large tensor anew and hand it back when it is freed, which costs a CPU rank a quarter of a step;
-# dpo_ds's ranks ask for the same by mallopt.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-
 
 @dataclass(frozen=True)
 class TrainingRun:

@@ -1,6 +1,5 @@
 """``launch/cache_reference.py``: from argv to the reference's log-probs on disk."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start([*(sys.argv[1:] if argv is None else argv), "--reference.mode", "cache"], _fill)
+    start(argv, _fill, more=["--reference.mode", "cache"])
 
 
 def _fill(found: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:

@@ -1,6 +1,5 @@
 """``launch/export.py``: from argv to the model of a checkpoint, without training."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start(sys.argv[1:] if argv is None else argv, _export, trains=False)
+    start(argv, _export, trains=False)
 
 
 def _export(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:

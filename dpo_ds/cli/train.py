@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dpo_ds.config import Run, flat, parse_run
 from dpo_ds.errors import PeerError, RunError, Stopped, UserError
+from dpo_ds.launcher.allocator import restart_with_jemalloc
 from dpo_ds.launcher.guard import end_with_launcher
 from dpo_ds.launcher.identity import Identity
 from dpo_ds.launcher.marker import STOPPED_CODE, unmark
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments behind the script's name; None takes the process's.
     """
-    start(sys.argv[1:] if argv is None else argv, _train)
+    start(argv, _train)
 
 
 def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", request: StopRequest) -> None:
@@ -50,19 +51,24 @@ def _train(inputs: "Inputs | None", identity: Identity, meeting: "Meeting", requ
 
 
 def start(
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     work: "Callable[[Inputs | None, Identity, Meeting, StopRequest], None]",
     *,
+    more: Sequence[str] = (),
     trains: bool = True,
 ) -> None:
     """Checks a run on one rank of each node, lets all ranks work, and exits as ``main`` says; a dry run returns.
 
     Args:
-        argv: the arguments behind the script's name.
+        argv: the arguments behind the script's name; None takes the process's, which may start anew with them.
         work: what every rank does; the inputs are None on ranks that do not speak for their node.
+        more: arguments behind them.
         trains: whether it begins a run or goes on with one; else it takes what a run has saved, and leaves its folder
             as it is.
     """
+    if argv is None:
+        restart_with_jemalloc()
+        argv = sys.argv[1:]
     try:
         identity = Identity.from_environment()
     except UserError as error:
@@ -72,7 +78,7 @@ def start(
     folder = None
     leave: Callable[[int], NoReturn] = sys.exit
     try:
-        run = parse_run(argv)
+        run = parse_run([*argv, *more])
         os.environ.update(run.config.env)
         # What an import makes stays: looking through it again and again would be a quarter of the start, and a third of
         # a second of each save, before which DeepSpeed collects.

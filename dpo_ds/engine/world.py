@@ -1,6 +1,5 @@
 """The process group: joining it, leaving it, and the few collectives that the other rooms may ask for."""
 
-import ctypes
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from dpo_ds.engine import host_memory
 from dpo_ds.engine.extensions import expose_ninja
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.patience import Patience, Phase
@@ -50,7 +50,7 @@ class World:
         if accelerator.device_name() == "cpu":
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.local_size))
-            _keep_freed_memory()
+            host_memory.keep_freed()
         else:
             accelerator.set_device(identity.local_rank)
         for name, value in (
@@ -102,13 +102,11 @@ class World:
 
     def trim_memory(self) -> None:
         """Hands memory that was freed back to the system, where this process keeps it: after loading, not in steps."""
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+        host_memory.trim()
 
     def spare_memory(self) -> None:
         """Hands freed memory back as it comes, from now on, at the price of some time: where memory is short."""
-        _keep_freed_memory(up_to=2**26, mapping_from=2**24)
+        host_memory.spare()
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished its work."""
@@ -158,15 +156,3 @@ class World:
         name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
         with suppress(FileNotFoundError):
             Path("/dev/shm", f"{name}_{self.rank}").unlink()
-
-
-def _keep_freed_memory(*, up_to: int = 2**31 - 1, mapping_from: int | None = None) -> None:
-    # glibc maps every large tensor anew and hands it back when it is freed, so that a CPU rank spends a quarter of a
-    # step on page faults. Elsewhere than on glibc there is no mallopt, and nothing to do.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-        libc.mallopt(m_trim_threshold, up_to)
-        libc.mallopt(m_mmap_max, 0 if mapping_from is None else 2**16)
-        if mapping_from is not None:
-            libc.mallopt(m_mmap_threshold, mapping_from)
