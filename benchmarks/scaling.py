@@ -20,8 +20,8 @@ from benchmarks.observed import plan_in_order
 from benchmarks.ranks import ENVIRONMENT, ROOT, run_ranks
 from benchmarks.traffic import counted
 from benchmarks.training import TrainingRun, steps_of
-from dpo_ds.launcher.allocator import preloaded
 from dpo_ds.data.schedule import Lengths, PackedRows, plan_training
+from dpo_ds.launcher.allocator import preloaded
 from dpo_ds.traffic import Sizes, Traffic, predicted
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS = 8, 256, 640, 4, 2
