@@ -8,6 +8,7 @@ import ctypes
 from dpo_ds.launcher.allocator import is_jemalloc
 
 _ALL_ARENAS = 4096  # MALLCTL_ARENAS_ALL
+_SPARED_MS = 500  # at once would be several times as slow
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
@@ -31,8 +32,8 @@ def spare() -> None:
     """Hands freed memory back as it comes, from now on, at the price of some time."""
     if is_jemalloc():
         for state in ("dirty", "muzzy"):
-            _mallctl(f"arenas.{state}_decay_ms", 0)  # of arenas to come
-            _mallctl(f"arena.0.{state}_decay_ms", 0)
+            _mallctl(f"arenas.{state}_decay_ms", _SPARED_MS)  # of arenas to come
+            _mallctl(f"arena.0.{state}_decay_ms", _SPARED_MS)
     else:
         _mallopt((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_MAX, 2**16), (_M_MMAP_THRESHOLD, 2**24))
 
