@@ -17,6 +17,11 @@ def test_the_warm_up_rises_linearly_to_the_peak():
     assert rates("linear", warmup_ratio=0.4)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
+def test_a_part_of_a_step_of_warm_up_is_a_whole_one():
+    # 0.25 of 10 steps are 2.5.
+    assert rates("constant", warmup_ratio=0.25)[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+
+
 def test_linear_falls_evenly_towards_zero_behind_the_last_step():
     assert rates("linear")[2:] == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 

@@ -99,6 +99,49 @@ def test_chunks_change_neither_value_nor_gradient(chunk_bytes, kept_bytes):
         torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("vocab", [65, 129, VOCAB])
+def test_targets_at_the_bounds_of_chunks_are_found_once(vocab):
+    hidden, weight, _ = make_head_inputs()
+    weight = weight[:vocab].detach().requires_grad_()
+    targets = torch.tensor([0, 1, 63, 64, vocab - 1] * 3)[:TOKENS]
+    expected = reference_logps(hidden, weight, targets)
+    logps = chunked(hidden, targets, weight, chunk_bytes=SMALLEST)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
+    grad, expected_grad = (torch.autograd.grad(x.sum(), weight)[0] for x in (logps, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=2e-6)
+
+
+def test_chunks_stay_finite_for_large_logits():
+    hidden, weight, targets = make_head_inputs()
+    expected = reference_logps(300 * hidden, weight, targets)
+    assert expected.min() < -100
+    logps = chunked(300 * hidden, targets, weight, chunk_bytes=SMALLEST)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kept_bytes", "again"), [(0, 4), (SMALLEST - 1, 4), (SMALLEST, 3), (HALF, 2), (ALL, 0)])
+def test_only_logits_that_were_not_kept_are_computed_again(kept_bytes, again):
+    hidden, weight, targets = make_head_inputs()
+    calls = []
+
+    def logits(*inputs):
+        calls.append(1)
+        return F.linear(*inputs)
+
+    options = {"weight": weight, "bias": None, "logits": logits, "slope": None}
+    logps, _ = chunked_target_logps(hidden, targets, chunk_bytes=SMALLEST, kept_bytes=kept_bytes, **options)
+    assert len(calls) == 4
+    logps.sum().backward()
+    assert len(calls) == 4 + again
+
+
+def test_a_second_backward_is_like_the_first():
+    hidden, weight, targets = make_head_inputs()
+    logps = chunked(hidden, targets, weight, chunk_bytes=SMALLEST, kept_bytes=ALL)
+    first, second = (torch.autograd.grad(logps.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_kept_logits_are_those_that_would_be_computed_again():
     hidden, weight, targets = make_head_inputs()
     found = []

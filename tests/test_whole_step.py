@@ -98,5 +98,32 @@ def test_a_loss_of_single_pairs_has_the_same_slopes_either_way():
     torch.testing.assert_close(judged(objective, PLANS["two ranks"])[3], logps.policy_chosen.grad, rtol=1e-12, atol=0)
 
 
+def test_a_whole_step_of_mean_log_probs_knows_the_tokens_of_both_responses():
+    objective, logps = Objective("beta_dpo", beta=0.2, reduction="mean"), some_logps()
+    logps.policy_chosen.requires_grad_()
+    logps.policy_rejected.requires_grad_()
+    losses = objective(logps, running=RUNNING).losses
+    losses.sum().backward()
+    found = judged(objective, PLANS["two ranks"])
+    torch.testing.assert_close(found[0], losses.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[4], logps.policy_rejected.grad, rtol=1e-12, atol=0)
+
+
+def test_a_whole_step_takes_float32_and_gives_it_back_without_a_graph():
+    logps = some_logps()
+    single = PairLogps(
+        *(x.float().requires_grad_() for x in (logps.policy_chosen, logps.policy_rejected)),
+        *(x.float() for x in (logps.reference_chosen, logps.reference_rejected)),
+        *(logps.chosen_tokens, logps.rejected_tokens),
+    )
+    plan = PLANS["one rank, one micro-batch"]
+    ((loss, slopes),) = judge_whole_step(
+        OBJECTIVES["aot"], plan, [single], [None], rank=0, running=RUNNING, sum_over_ranks=lambda table: table
+    )
+    assert {x.dtype for x in (*loss, slopes)} == {torch.float32}
+    assert not any(x.requires_grad for x in (*loss, slopes))
+    torch.testing.assert_close(loss.losses.double(), OBJECTIVES["aot"](logps).losses, rtol=1e-5, atol=1e-6)
+
+
 def test_the_losses_of_a_whole_step_are_known_as_such():
     assert {name for name, loss in LOSSES.items() if loss.needs_whole_step} == {"aot", "aot_unpaired", "beta_dpo"}
