@@ -13,8 +13,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from dpo_ds.engine import host_memory
 from dpo_ds.engine.extensions import expose_ninja
+from dpo_ds.engine.host_memory import keep_freed, spare, trim
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.patience import Patience, Phase
 from dpo_ds.engine.pulse import watch_machines
@@ -50,7 +50,7 @@ class World:
         if accelerator.device_name() == "cpu":
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.local_size))
-            host_memory.keep_freed()
+            keep_freed()
         else:
             accelerator.set_device(identity.local_rank)
         for name, value in (
@@ -102,11 +102,11 @@ class World:
 
     def trim_memory(self) -> None:
         """Hands memory that was freed back to the system, where this process keeps it: after loading, not in steps."""
-        host_memory.trim()
+        trim()
 
     def spare_memory(self) -> None:
         """Hands freed memory back as it comes, from now on, at the price of some time: where memory is short."""
-        host_memory.spare()
+        spare()
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished its work."""
