@@ -19,7 +19,8 @@ _SETTINGS = {
     "oversize_threshold": "0",  # large blocks, too
     "lg_extent_max_active_fit": "8",  # a large free block may be split for a smaller one
 }
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel", "/dev/davinci_manager", "/dev/dri/renderD128")
+# NVIDIA, AMD, Huawei. Not /dev/dri: it is there with the display of any laptop.
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/davinci_manager")
 
 
 def is_jemalloc() -> bool:
@@ -43,10 +44,10 @@ def preloaded(environment: Mapping[str, str]) -> dict[str, str]:
 def restart_with_jemalloc() -> None:
     """Starts this program anew, as the same process, if that gives it jemalloc.
 
-    Left alone: machines with an accelerator, whose memory torch manages itself, and a ``LD_PRELOAD`` of the user's own,
-    an empty one, too. What the program starts goes without it.
+    Left alone: machines with an accelerator, whose memory torch manages itself, unless ``DS_ACCELERATOR`` is ``cpu``;
+    and a ``LD_PRELOAD`` of the user's own, an empty one, too. What the program starts goes without it.
     """
-    if sys.platform != "linux" or any(map(os.path.exists, _ACCELERATORS)):
+    if sys.platform != "linux" or _has_accelerator():
         return
     before = os.environ.get("LD_PRELOAD")
     if before is None:
@@ -56,3 +57,7 @@ def restart_with_jemalloc() -> None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     elif is_jemalloc() and before == preloaded(os.environ).get("LD_PRELOAD"):
         del os.environ["LD_PRELOAD"]
+
+
+def _has_accelerator() -> bool:
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and any(map(os.path.exists, _ACCELERATORS))
