@@ -13,7 +13,7 @@ from pathlib import Path
 
 _SETTINGS = {
     "narenas": "1",  # one thread allocates nearly everything
-    # What is freed stays: faulting pages in again would cost a tenth of a step.
+    # What is freed stays.
     "dirty_decay_ms": "-1",
     "muzzy_decay_ms": "-1",
     "oversize_threshold": "0",  # large blocks, too
