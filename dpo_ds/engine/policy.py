@@ -181,14 +181,23 @@ class PolicyEngine:
             Why this rank's files cannot be loaded, or None.
         """
         self.engine.empty_partition_cache()
+        optimizer = self.engine.basic_optimizer
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         try:
             with _reading_without_executing(), self._reading_shards_of(saved_ranks, folder):
                 is_whole = all(parameter.requires_grad for parameter in self.model.parameters())
                 path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=is_whole)
         except (LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
             return first_line(error)
-        if isinstance(self.engine.basic_optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
-            _count_steps_again(self.engine.basic_optimizer)
+        # The run's numbers hold, not the file's; one on the host has others than one on the device.
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if isinstance(optimizer, deepspeed.ops.adam.DeepSpeedCPUAdam):
+            for state in optimizer.state.values():
+                state["step"] = int(state["step"])  # torch's is a tensor
+            _count_steps_again(optimizer)
         return None if path else f"DeepSpeed finds nothing in {folder}"
 
     @contextmanager
