@@ -8,7 +8,7 @@ import ctypes
 from dpo_ds.launcher.allocator import is_jemalloc
 
 _ALL_ARENAS = 4096  # MALLCTL_ARENAS_ALL
-_SPARED_MS = 500  # at once would be several times as slow
+_SPARED_MS = 500  # at once, a whole run took four times as long (benchmarks/LOG.md)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
