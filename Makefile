@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 RUN := runs/smollm2-cpu
+# Tests that take the machine for themselves; the others run on all cores at once.
+STARTS_RANKS := ranks or mpi or multinode or slurm
 
 .PHONY: demo test faults bench lint clean
 
@@ -25,7 +27,8 @@ demo: $(VENV)/installed
 	$(BIN)/python launch/demo/compare.py $(MODEL) $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m 'not ($(STARTS_RANKS))'
+	$(BIN)/python -m pytest -m '$(STARTS_RANKS)'
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

@@ -177,7 +177,7 @@ def _peaks(config: LlamaConfig, length: int, *, way: Way, parts: int) -> Peaks:
     ids = (5,) * (length // 2)
     pair = TokenizedPair("0", ids, ids, ids)
     checkpointing, tile = way
-    sizes: dict[str, Any] = {"tile": tile, "parts": parts}
+    sizes: dict[str, Any] = {"tile": tile, "parts": parts, "on_gpu": True}
     return peaks_of_micro_batch(config, [pair], dtype=torch.bfloat16, packed=True, checkpointing=checkpointing, **sizes)
 
 

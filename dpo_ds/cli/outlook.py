@@ -194,7 +194,7 @@ class Needs:
         else:
             yield np.arange(min(len(self._train), self._config.train.pairs_per_step))
 
-    def _peaks_of(self, checkpointing: Checkpointing) -> tuple[Peaks, Peaks]:
+    def _peaks_of(self, checkpointing: Checkpointing, on_gpu: bool) -> tuple[Peaks, Peaks]:
         """Of the policy and of the reference, for the largest micro-batch of the sampled steps."""
         batches = [batch.pairs for plan in self._steps for rank in plan for batch in rank]
         largest = max(batches, key=lambda pairs: self._train.lengths.tokens[list(pairs)].sum())
@@ -206,6 +206,7 @@ class Needs:
             packed=self._packed,
             tile=self._config.train.tokens_per_mlp_tile,
             parts=self._config.train.sequence_parallel_size,
+            on_gpu=on_gpu,
         )
         policy = peaks(self._policy, checkpointing=checkpointing, adapter=self._adapter)
         if self._config.model.reference is None:
@@ -238,7 +239,7 @@ class Needs:
             policy_config: resolved.
             reference_config: resolved.
         """
-        policy, reference = self._peaks(config.train.activation_checkpointing)
+        policy, reference = self._peaks(config.train.activation_checkpointing, machines.gpu_gib is not None)
         sizes = {"itemsize": self.itemsize, "ranks": machines.ranks}
         parameters = self.parameters(policy_config)
         shares = shares_of_policy(parameters, policy_config, activations=policy, state_bytes=self.state_bytes, **sizes)

@@ -20,6 +20,9 @@ from dpo_ds.models.tiles import tile_mlps, why_not_tileable
 LOGIT_CHUNK_BYTES = 2**23
 """Size of the float32 logits that may exist at a time."""
 
+GPU_LOGIT_CHUNK_BYTES = 2**26
+"""The same on a GPU, where each chunk starts a dozen kernels."""
+
 KEPT_LOGIT_BYTES = 2**27
 """Size of the logits, in the weights' dtype, that stay from forward to backward; more are computed again."""
 
@@ -31,7 +34,12 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, balances_experts: bool = False, measures_entropy: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        balances_experts: bool = False,
+        measures_entropy: bool = False,
+        logit_chunk_bytes: int | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -39,6 +47,7 @@ class Scorer(nn.Module):
             model: a causal language model with a linear head.
             balances_experts: whether a forward with gradients leaves its ``routing_loss``, too.
             measures_entropy: whether a forward leaves its ``entropies``, too.
+            logit_chunk_bytes: size of the float32 logits that may exist at a time; None: as suits the device.
 
         Raises:
             UserError: the model has no linear head.
@@ -52,6 +61,7 @@ class Scorer(nn.Module):
         self.measures_entropy = measures_entropy
         self.entropies: Tensor | None = None
         """``(2, pairs)``, of the last forward: mean entropy, in nats, of the distributions of a response's tokens."""
+        self.logit_chunk_bytes = logit_chunk_bytes
         self.row_parts: RowParts | None = None
         """Who shares rows with this rank; None: nobody, it computes whole ones."""
 
@@ -67,6 +77,7 @@ class Scorer(nn.Module):
             row = batch.input_ids.shape[1]
             self.routing_loss = routing_loss(self.model, outputs.router_logits, batch.lengths, row=row)
         hidden = outputs.last_hidden_state
+        of_device = LOGIT_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_LOGIT_CHUNK_BYTES
         logps, entropies = chunked_target_logps(
             hidden.flatten(0, 1)[batch.predicted_at],
             batch.targets,
@@ -74,7 +85,7 @@ class Scorer(nn.Module):
             bias=self.head.bias,
             logits=self.head.logits,
             slope=self.head.slope,
-            chunk_bytes=LOGIT_CHUNK_BYTES,
+            chunk_bytes=self.logit_chunk_bytes or of_device,
             kept_bytes=KEPT_LOGIT_BYTES,
             wants_entropies=self.measures_entropy,
         )

@@ -4,7 +4,7 @@ The latter is found by running it on tensors without values. No rank may enter.
 """
 
 import copy
-import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -28,7 +29,7 @@ from dpo_ds.dropout import disable_dropout
 from dpo_ds.memory import Parameters, Peaks
 from dpo_ds.models.adapters import Adapter, attach
 from dpo_ds.models.causal_lm import Checkpointing, checkpoint_activations
-from dpo_ds.models.scorer import Scorer
+from dpo_ds.models.scorer import GPU_LOGIT_CHUNK_BYTES, LOGIT_CHUNK_BYTES, Scorer
 from dpo_ds.models.tiles import tile_mlps
 
 _SAMPLED_LAYERS = (2, 4)
@@ -73,6 +74,7 @@ def peaks_of_micro_batch(
     tile: int | None = None,
     parts: int = 1,
     adapter: Adapter | None = None,
+    on_gpu: bool = False,
 ) -> Peaks:
     """Returns what a micro-batch takes, as its tensors' sizes say; what an allocator loses is not in it.
 
@@ -87,13 +89,23 @@ def peaks_of_micro_batch(
         tile: tokens that an MLP takes at a time, None: all.
         parts: ranks that share rows; the one counts that has the most to score.
         adapter: trains in place of the model's own weights.
+        on_gpu: whether it will run on a GPU.
     """
     layers = config.get_text_config().num_hidden_layers
     fewer, more = _SAMPLED_LAYERS
     whole = (packed_batch if packed else padded_batch)(pairs)
     of_ranks = [part_of_rows(whole, part=part, parts=parts) for part in range(parts)] if parts > 1 else [whole]
     batch = max(of_ranks, key=lambda some: len(some.targets))
-    run = partial(_run, real=batch, dtype=dtype, checkpointing=checkpointing, tile=tile, parts=parts, adapter=adapter)
+    run = partial(
+        _run,
+        real=batch,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        tile=tile,
+        parts=parts,
+        adapter=adapter,
+        logit_chunk_bytes=GPU_LOGIT_CHUNK_BYTES if on_gpu else LOGIT_CHUNK_BYTES,
+    )
     if layers <= more:
         return run(config)
     short, longer = (run(_shortened(config, count)) for count in _SAMPLED_LAYERS)
@@ -125,6 +137,7 @@ def _run(
     tile: int | None,
     parts: int,
     adapter: Adapter | None,
+    logit_chunk_bytes: int,
 ) -> Peaks:
     model = without_weights(config, adapter, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -132,10 +145,9 @@ def _run(
         model.tie_weights()
         disable_dropout(model)
         _attend_fused(model, parts)
-        _make_frozen_ones_buffers(model)
         if tile is not None:
             tile_mlps(model, tokens=tile)
-        scorer = Scorer(model)
+        scorer = Scorer(model, logit_chunk_bytes=logit_chunk_bytes)
         batch = real.to(torch.device("cpu"))
         with torch.no_grad():
             scoring = _peak(lambda: scorer(batch), scorer)
@@ -143,7 +155,7 @@ def _run(
             return Peaks(training=0, scoring=scoring)
         checkpoint_activations(model, checkpointing)
         scorer.train()
-        for parameter in scorer.parameters():
+        for parameter in filter(lambda some: some.requires_grad, scorer.parameters()):
             # As the engine does: a gradient leaves as soon as it is whole.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         training = _peak(lambda: scorer(batch).sum().backward(), scorer)
@@ -179,23 +191,35 @@ def _attend_fused(model: PreTrainedModel, parts: int) -> None:
 
 
 def _peak(run: Callable[[], object], scorer: Scorer) -> int:
-    tracker = MemTracker()
-    tracker.track_external(scorer)
-    with warnings.catch_warnings(), tracker:
-        warnings.simplefilter("ignore")  # of arguments that are no tensors
+    held = _Held(besides=[*scorer.parameters(), *scorer.buffers()])
+    with held:
         run()
-    (held,) = tracker.get_tracker_snapshot("peak").values()
-    own = {_MemRefType.PARAM, _MemRefType.BUFFER, "Total"}
-    return sum(size for kind, size in held.items() if kind not in own)
+    return held.peak
 
 
-def _make_frozen_ones_buffers(model: PreTrainedModel) -> None:
-    # The tracker wants a gradient of every parameter.
-    for module in model.modules():
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            if not parameter.requires_grad:
-                delattr(module, name)
-                module.register_buffer(name, parameter.data)
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of what operations make, for as long as anybody holds it."""
+
+    def __init__(self, *, besides: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._now = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in besides)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes()).atexit = False
+        return made
+
+    def _change(self, size: int) -> None:
+        self._now += size
+        self.peak = max(self.peak, self._now)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

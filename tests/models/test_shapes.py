@@ -7,6 +7,7 @@ from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from dpo_ds.data.tokenization import TokenizedPair
 from dpo_ds.models import shapes
 from dpo_ds.models.adapters import Adapter
+from dpo_ds.models.scorer import GPU_LOGIT_CHUNK_BYTES
 from dpo_ds.models.shapes import parameters_of, peaks_of_micro_batch, without_weights
 
 LLAMA_8B = LlamaConfig(
@@ -88,6 +89,12 @@ def test_layers_whose_inputs_wait_in_host_memory_take_none_on_the_device():
     )
     assert few.training == more.training
     assert more.host - few.host == 2 * WIDTH * TOKENS
+
+
+def test_a_gpu_holds_larger_chunks_of_logits():
+    config = LlamaConfig(**SMALL | {"vocab_size": 65536}, num_hidden_layers=1)
+    on_cpu, on_gpu = (peaks_of_micro_batch(config, PAIRS, on_gpu=on_gpu, **OPTIONS).scoring for on_gpu in (False, True))
+    assert on_gpu - on_cpu > GPU_LOGIT_CHUNK_BYTES / 2
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
