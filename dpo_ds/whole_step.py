@@ -43,7 +43,7 @@ def judge_whole_step(
     Args:
         objective: what is minimised.
         plan: of the step, or of an evaluation.
-        logps: of this rank's micro-batches, in the plan's order.
+        logps: of this rank's micro-batches, in the plan's order, without graphs.
         pair_weights: what the data say of each micro-batch's pairs, as ``PairLabels.weights``.
         rank: whose micro-batches are asked for.
         running: the means that the losses carry.
@@ -68,7 +68,7 @@ def judge_whole_step(
     for mine, pairs, weights in zip(rows, logps, pair_weights, strict=True):
         if mine is not None:
             values = [*_numbers(pairs), torch.ones(len(mine)) if weights is None else weights]
-            table[mine.to(device)] = torch.stack([value.detach().double().to(device) for value in values], dim=1)
+            table[mine.to(device)] = torch.stack([value.double().to(device) for value in values], dim=1)
     columns = sum_over_ranks(table).T
     policy, reference, tokens, weight = columns[:2].clone().requires_grad_(), columns[2:4], columns[4:6], columns[6]
     labels = PairLabels(weights=weight) if objective.takes_weights else PairLabels()

@@ -146,21 +146,41 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_ends_as_one_that_w
     assert all(torch.equal(weight, resumed[name]) for name, weight in exported.items())
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("ranks", "zero"), [(1, {}), (3, {}), (2, {"offload_optimizer": {"device": "cpu"}})], ids=["1", "3", "2, offloaded"]
-)
-def test_an_adapter_goes_on_elsewhere(trained: Path, tmp_path: Path, ranks, zero):
-    again = copied(trained, tmp_path / "again")
-    second = trained / "out/checkpoints/step-00000002"
+ON_HOST = {"offload_optimizer": {"device": "cpu"}}
+
+
+def without_its_past(trained: Path, folder: Path, zero: dict[str, Any]) -> tuple[Path, Path]:
+    """Returns a copy of a run that has not begun, and another ds_config for it."""
+    again = copied(trained, folder)
     shutil.rmtree(again / "out")
     config = json.loads((again / "zero.json").read_text())
     config["zero_optimization"] |= zero
     (again / "elsewhere.json").write_text(json.dumps(config))
-    command = [LAUNCH, "--config", again / "run.yaml", "--checkpoint.resume", second, "--deepspeed.policy"]
-    run_ranks(ranks, [*command, again / "elsewhere.json"], folder=again).expect_success()
-    of_steps_3_and_4 = [[line for line in record(folder) if line["step"] > 2] for folder in (again, trained)]
-    assert_equal_to_rounding(*of_steps_3_and_4, 1e-5)
+    return again, again / "elsewhere.json"
+
+
+def assert_equal_behind_step_2(one: Path, other: Path) -> None:
+    assert_equal_to_rounding(*([line for line in record(run) if line["step"] > 2] for run in (one, other)), 1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ranks", "zero"), [(1, {}), (3, {}), (2, ON_HOST)], ids=["1", "3", "2, offloaded"])
+def test_an_adapter_goes_on_elsewhere(trained: Path, tmp_path: Path, ranks, zero):
+    again, ds_config = without_its_past(trained, tmp_path / "again", zero)
+    second = trained / "out/checkpoints/step-00000002"
+    command = [LAUNCH, "--config", again / "run.yaml", "--checkpoint.resume", second, "--deepspeed.policy", ds_config]
+    run_ranks(ranks, command, folder=again).expect_success()
+    assert_equal_behind_step_2(again, trained)
+
+
+@pytest.mark.ranks
+def test_an_adapter_that_began_with_masters_on_the_host_goes_on_with_them_on_the_device(trained: Path, tmp_path: Path):
+    began, ds_config = without_its_past(trained, tmp_path / "began", ON_HOST)
+    start(began, "--deepspeed.policy", str(ds_config)).expect_success()
+    assert_equal_behind_step_2(began, trained)
+    again, _ = without_its_past(trained, tmp_path / "again", {})
+    start(again, "--checkpoint.resume", str(began / "out/checkpoints/step-00000002")).expect_success()
+    assert_equal_behind_step_2(again, trained)
 
 
 @pytest.mark.ranks

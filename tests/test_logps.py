@@ -1,5 +1,7 @@
 """Log-probs against a full log-softmax in float64, and against sums done by hand."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -176,6 +178,37 @@ def test_a_head_with_bias_scale_and_softcap_has_the_gradients_of_the_plain_formu
     torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_near_its_cap_a_bfloat16_head_has_the_slope_of_float32():
+    # There the slope is a small difference of large numbers, of which bfloat16 would keep one digit or none.
+    cap = 2.0
+    hidden, weight = torch.tensor([[5.0]]).bfloat16(), torch.linspace(0.8, 1.2, 8)[:, None].bfloat16()
+    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    head = Head(weight, bias, scale=1.0, softcap=cap)
+    logits = head.logits(hidden, weight, bias).detach().double()
+    assert logits.min() > 0.9 * cap
+    expected = (F.one_hot(torch.tensor([3]), 8) - logits.softmax(-1)) * (1 - (logits / cap) ** 2)
+    options = {"weight": weight, "bias": bias, "logits": head.logits, "slope": head.slope, "chunk_bytes": ALL}
+    logps, _ = chunked_target_logps(hidden, torch.tensor([3]), **options)
+    (grad,) = torch.autograd.grad(logps.sum(), bias)
+    torch.testing.assert_close(grad.double(), expected[0], rtol=2**-8, atol=0)
+
+
+def test_where_there_is_no_backward_no_logits_outlive_their_chunk():
+    hidden, weight, targets = make_head_inputs()
+    found = []
+
+    def logits(*inputs):
+        assert sum(earlier() is not None for earlier in found) <= 1
+        result = F.linear(*inputs)
+        found.append(weakref.ref(result))
+        return result
+
+    options = {"weight": weight, "bias": None, "logits": logits, "slope": None, "chunk_bytes": SMALLEST}
+    with torch.no_grad():
+        chunked_target_logps(hidden, targets, kept_bytes=ALL, **options)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",), ("hidden", "weight")])
