@@ -14,6 +14,7 @@ from dpo_ds.engine.reference import AdapterReference, Reference, ReferenceEngine
 from dpo_ds.engine.world import World
 from dpo_ds.models.adapters import Adapter
 from dpo_ds.models.causal_lm import Checkpointing, checkpoint_activations
+from dpo_ds.models.lean import keep_little
 from dpo_ds.models.scorer import Scorer
 
 __all__ = [
@@ -100,6 +101,7 @@ def initialize(
         balances_experts=balances_experts,
         measures_entropy=measures_entropy,
     )
+    keep_little(policy_scorer.model)
     checkpoint_activations(policy_scorer.model, activation_checkpointing)
     world.trim_memory()  # whole tensors passed through while shards were cut from them
     policy_engine = PolicyEngine(

@@ -29,6 +29,7 @@ from dpo_ds.dropout import disable_dropout
 from dpo_ds.memory import Parameters, Peaks
 from dpo_ds.models.adapters import Adapter, attach
 from dpo_ds.models.causal_lm import Checkpointing, checkpoint_activations
+from dpo_ds.models.lean import keep_little
 from dpo_ds.models.scorer import GPU_LOGIT_CHUNK_BYTES, LOGIT_CHUNK_BYTES, Scorer
 from dpo_ds.models.tiles import tile_mlps
 
@@ -140,6 +141,7 @@ def _run(
     logit_chunk_bytes: int,
 ) -> Peaks:
     model = without_weights(config, adapter, dtype=dtype)
+    keep_little(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()

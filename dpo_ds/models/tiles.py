@@ -3,7 +3,7 @@
 Bekman et al. 2025, "Arctic Long Sequence Training", arXiv:2506.13996, section 3.1 (TiledMLP).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 
@@ -22,7 +22,8 @@ def tile_mlps(model: nn.Module, *, tokens: int) -> None:
     """
     for layer in _layers(model):
         for mlp in _mlps(layer):
-            mlp.forward = partial(_by_tiles, mlp, tokens)
+            whole = mlp.forward.args[0] if isinstance(mlp.forward, _ByTiles) else mlp.forward
+            mlp.forward = _ByTiles(_by_tiles, whole, tokens)
 
 
 def why_not_tileable(model: nn.Module) -> str | None:
@@ -44,9 +45,12 @@ def _mlps(layer: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _by_tiles(mlp: nn.Module, tokens: int, hidden: Tensor) -> Tensor:
+class _ByTiles(partial[Tensor]):
+    """Tells itself from other forwards that a module may be given."""
+
+
+def _by_tiles(compute: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
     tiles = torch.split(hidden.flatten(0, -2).unsqueeze(0), tokens, dim=1)
-    compute = partial(type(mlp).forward, mlp)
     if torch.is_grad_enabled():
         compute = partial(checkpoint, compute, use_reentrant=False)
     return torch.cat([compute(tile) for tile in tiles], dim=1).view_as(hidden)
