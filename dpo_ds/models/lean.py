@@ -6,6 +6,7 @@ Kernel", arXiv:2410.10989, section 3.2.
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def keep_little(model: nn.Module) -> None:
 
 def _is_norm(module: Any) -> bool:
     (weight,) = _probe((_WIDTH,))
-    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _has_alone(module, "weight"):
+    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _knows_alone(module, "weight"):
         return False
     return _computes(module, {"weight": weight}, lambda hidden: _norm_of(hidden, weight, module.variance_epsilon))
 
@@ -40,7 +41,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     if any(type(getattr(module, name, None)) is not nn.Linear for name in _LINEAR):
         return False
     weights = dict(zip((f"{name}.weight" for name in _LINEAR), _probe(*[(_WIDTH, _WIDTH)] * 3), strict=True))
-    if not _has_alone(module, *weights):
+    if not _knows_alone(module, *weights):
         return False
     gate, up, down = weights.values()
     return _computes(
@@ -48,8 +49,10 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     )
 
 
-def _has_alone(module: nn.Module, *names: str) -> bool:
-    return sorted([name for name, _ in [*module.named_parameters(), *module.named_buffers()]]) == sorted(names)
+def _knows_alone(module: nn.Module, *names: str) -> bool:
+    """Returns whether these tensors, and one that it is given, are all that a module computes with."""
+    own = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    return sorted(own) == sorted(names) and len(signature(module.forward).parameters) == 1
 
 
 def _probe(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dpo_ds.data.batch import packed_batch
 from dpo_ds.models.adapters import Adapter, attach
@@ -136,6 +136,14 @@ def test_an_adapted_mlp_stays_as_it_is_and_an_adapters_gradients_are_the_same():
         found.append(scores_and_gradients(model))
     assert found[0][1].keys() == found[1][1].keys()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_norm_that_may_be_given_more_stays_as_it_is(monkeypatch):
+    own = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x, gate=None: own(self, x))
+    model = tiny_model("llama")
+    keep_little(model)
+    assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LlamaRMSNorm))
 
 
 def test_a_module_that_looks_alike_and_computes_something_else_stays_as_it_is(monkeypatch):
