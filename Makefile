@@ -27,8 +27,8 @@ demo: $(VENV)/installed
 	$(BIN)/python launch/demo/compare.py $(MODEL) $(RUN)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m 'not ($(STARTS_RANKS))'
-	$(BIN)/python -m pytest -m '$(STARTS_RANKS)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m 'not ($(STARTS_RANKS))'; first=$$?; \
+		$(BIN)/python -m pytest -m '$(STARTS_RANKS)' && exit $$first
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

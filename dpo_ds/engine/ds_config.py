@@ -33,6 +33,7 @@ _OWNED = {
     "compile.deepcompile": "DeepCompile wants as many micro-batches in every step, whose number varies here",
     "tensor_parallel": "ZeRO-3 shards every weight over all ranks, and checkpoints, fingerprints and the export take "
     "them together from there; for rows that are too long for one rank there is train.sequence_parallel_size",
+    "torch_autocast": "weights are of model.dtype, and the head's gradient knows no other",
     "bfloat16": 'its name is "bf16"',
     "bf16.bf16_master_weights_and_grads": "at DPO's learning rates most updates of bfloat16 masters round to nothing; "
     "offload float32 masters instead (ds_configs/zero3_offload_optimizer.json)",

@@ -15,12 +15,17 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-_TOKENS, _WIDTH = 3, 8  # of the probe that tells what a module computes
+_WIDTH = 8  # of the probe that tells what a module computes
+_SIZES = (1e-3, 1.0, 4096.0)  # of its tokens; a bound on large values shows in the last
 _LINEAR = ("gate_proj", "up_proj", "down_proj")
 
 
 def keep_little(model: nn.Module) -> None:
-    """Lets those of a model's modules keep little that prove to be RMSNorms or gated MLPs as they are computed here."""
+    """Lets those of a model's modules keep little that prove to be RMSNorms or gated MLPs as they are computed here.
+
+    Args:
+        model: its dropout off, with the adapter that it will have; what bounds its MLPs' tokens comes behind.
+    """
     module: Any
     for module in model.modules():
         if _is_norm(module):
@@ -31,9 +36,9 @@ def keep_little(model: nn.Module) -> None:
 
 
 def _is_norm(module: Any) -> bool:
-    (weight,) = _probe((_WIDTH,))
-    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _knows_alone(module, "weight"):
+    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _has_alone(module, "weight"):
         return False
+    (weight,) = _probe((_WIDTH,))
     return _computes(module, {"weight": weight}, lambda hidden: _norm_of(hidden, weight, module.variance_epsilon))
 
 
@@ -41,7 +46,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     if any(type(getattr(module, name, None)) is not nn.Linear for name in _LINEAR):
         return False
     weights = dict(zip((f"{name}.weight" for name in _LINEAR), _probe(*[(_WIDTH, _WIDTH)] * 3), strict=True))
-    if not _knows_alone(module, *weights):
+    if not _has_alone(module, *weights):
         return False
     gate, up, down = weights.values()
     return _computes(
@@ -49,8 +54,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     )
 
 
-def _knows_alone(module: nn.Module, *names: str) -> bool:
-    """Returns whether these tensors, and one that it is given, are all that a module computes with."""
+def _has_alone(module: nn.Module, *names: str) -> bool:
+    """Returns whether these are all tensors of a module, which is given one more."""
     own = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
     return sorted(own) == sorted(names) and len(signature(module.forward).parameters) == 1
 
@@ -62,8 +67,13 @@ def _probe(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def _computes(module: nn.Module, weights: dict[str, Tensor], expected: Callable[[Tensor], Tensor]) -> bool:
     # bfloat16 tells where a module rounds.
-    (hidden,) = _probe((_TOKENS, _WIDTH))
-    return torch.equal(functional_call(module, weights, (hidden,)), expected(hidden))
+    (hidden,) = _probe((1, len(_SIZES), _WIDTH))
+    hidden *= torch.tensor(_SIZES)[:, None]
+    try:
+        found = functional_call(module, weights, (hidden,))
+    except Exception:  # of code that may come with the weights, and need not know another width
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, expected(hidden))
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate) * up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable

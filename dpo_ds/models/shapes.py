@@ -141,11 +141,12 @@ def _run(
     logit_chunk_bytes: int,
 ) -> Peaks:
     model = without_weights(config, adapter, dtype=dtype)
-    keep_little(model)
+    disable_dropout(model)
+    if checkpointing is not None:
+        keep_little(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
-        disable_dropout(model)
         _attend_fused(model, parts)
         if tile is not None:
             tile_mlps(model, tokens=tile)
@@ -200,7 +201,7 @@ def _peak(run: Callable[[], object], scorer: Scorer) -> int:
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of what operations make, for as long as anybody holds it."""
+    """Counts the bytes of what operations make, as it was made, for as long as anybody holds it."""
 
     def __init__(self, *, besides: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -159,6 +159,10 @@ def test_stated_values_are_named_as_in_the_run_file(written):
         ({**STAGE_3, "managed_gradient_accumulation": True}, "accumulation must not be here: the number of micro-b"),
         ({**STAGE_3, "compile": {"deepcompile": True}}, "compile.deepcompile must not be here: DeepCompile wants"),
         ({**STAGE_3, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel must not be here: ZeRO-3 shards every"),
+        (
+            {**STAGE_3, "torch_autocast": {"enabled": True}},
+            "torch_autocast must not be here: weights are of model.dtype",
+        ),
         ({**STAGE_3, "scheduler": {"type": "WarmupLR"}}, ": scheduler must not be here: train.schedule"),
         ({**STAGE_3, "optimizer": {"type": "AdamW"}}, ": optimizer must not be here: "),
         (
