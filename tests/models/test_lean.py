@@ -60,8 +60,8 @@ def kept_bytes(model: nn.Module) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        logps = model.base_model(BATCH.input_ids, spans=BATCH.spans, position_ids=BATCH.position_ids)
-    assert logps is not None
+        outputs = model.base_model(BATCH.input_ids, spans=BATCH.spans, position_ids=BATCH.position_ids)
+    assert outputs.last_hidden_state.requires_grad
     return sum(kept.values())
 
 
