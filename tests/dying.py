@@ -1,4 +1,4 @@
-"""Runs a script on a rank that kills itself at a known moment: ``DYING="METHOD CALL RANK" python dying.py SCRIPT ...``.
+"""Runs a script on a rank that kills itself at a known moment: ``python dying.py METHOD CALL RANK SCRIPT ...``.
 
 The methods are DeepSpeed's, so that nothing of what is tested is replaced.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-method, call, rank = os.environ["DYING"].split()
+method, call, rank, *arguments = sys.argv[1:]
 owner: Any = {"step": DeepSpeedEngine, "save": TorchCheckpointEngine}[method]
 original = getattr(owner, method)
 calls = 0
@@ -27,5 +27,5 @@ def dying(*args: Any, **options: Any) -> Any:
 
 
 setattr(owner, method, dying)
-sys.argv = sys.argv[1:]
+sys.argv = arguments
 runpy.run_path(sys.argv[0], run_name="__main__")

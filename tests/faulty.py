@@ -1,4 +1,4 @@
-"""Runs a script on a rank to which something happens in a step: ``FAULT="WHAT STEP RANK" python faulty.py SCRIPT ...``.
+"""Runs a script on a rank to which something happens in a step: ``python faulty.py WHAT STEP RANK SCRIPT ...``.
 
 WHAT is ``raise`` or ``hang``. The method is DeepSpeed's, so that nothing of what is tested is replaced.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
-what, call, rank = os.environ["FAULT"].split()
+what, call, rank, *arguments = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 original = DeepSpeedEngine.step
 calls = 0
 
@@ -28,5 +28,5 @@ def faulty(*args: Any, **options: Any) -> Any:
 
 
 DeepSpeedEngine.step = faulty
-sys.argv = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+sys.argv = arguments
 runpy.run_path(sys.argv[0], run_name="__main__")

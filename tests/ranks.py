@@ -1,19 +1,38 @@
-"""Starting real ranks in tests: one process a rank, joined over gloo on loopback, as a launcher would start them."""
+"""Starting real ranks in tests: one process a rank, joined over gloo on loopback, as a launcher would start them.
+
+A rank is forked from a process that has imported the libraries and nothing else: they take longer than most jobs here.
+"""
 
 import os
-import signal
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
 from pathlib import Path
+from unittest.mock import patch
 
-from dpo_ds.engine.extensions import build_extensions
+from dpo_ds.launcher.allocator import preloaded
 
 REPOSITORY = Path(__file__).parent.parent
+
+_MACHINE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+_FORKED = get_context("forkserver")
+_FORKED.set_forkserver_preload(
+    [
+        "datasets",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.backends.backend_agg",
+        "peft",
+        "torch.utils.flop_counter",
+        "transformers.models.llama.modeling_llama",
+        "wandb",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +59,22 @@ def run_ranks(
 ) -> Finished:
     """Runs ``python ARGUMENTS`` on ``size`` ranks and waits for all of them.
 
-    As under a launcher, the first rank that fails makes the others end.
+    As under a launcher, the first rank that fails makes the others end. With ``env`` each has an own interpreter,
+    since libraries read variables while they are imported.
     """
+    from dpo_ds.engine.extensions import build_extensions
+
     # Here, where nothing is killed for being late.
     build_extensions({"zero_optimization": {}})
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    allocator = preloaded(os.environ)
+    with patch.dict(os.environ, {**_MACHINE, **allocator}):
+        forkserver.ensure_running()
+    umask = os.umask(0)
+    os.umask(umask)
+    ranks = []
     for rank in range(size):
         place = {
             "RANK": str(rank),
@@ -56,37 +83,44 @@ def run_ranks(
             "LOCAL_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
         }
-        with (folder / f"rank{rank}.out").open("w") as out, (folder / f"rank{rank}.err").open("w") as err:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, arguments)],
-                    env={**os.environ, **place, **(env or {})},
-                    stdout=out,
-                    stderr=err,
-                    cwd=folder,
-                )
-            )
+        environment = {**os.environ, **_MACHINE, **place, **(allocator if env is None else env)}
+        command = [str(argument) for argument in arguments]
+        ranks.append(_FORKED.Process(target=_be_rank, args=(command, environment, folder, umask, env is None)))
+        ranks[-1].start()
     deadline = time.monotonic() + timeout_s
     try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes) or time.monotonic() > deadline:
+        while any(rank.exitcode is None for rank in ranks):
+            if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for rank in ranks:
+            rank.terminate()
+        for rank in ranks:
+            rank.join(timeout=10)
+            if rank.exitcode is None:
+                rank.kill()
+                rank.join()
     return Finished(
-        codes=[process.returncode for process in processes],
+        codes=[rank.exitcode for rank in ranks],
         outputs=[(folder / f"rank{rank}.out").read_text() for rank in range(size)],
         errors=[(folder / f"rank{rank}.err").read_text() for rank in range(size)],
     )
+
+
+def _be_rank(command: list[str], environment: dict[str, str], folder: Path, umask: int, as_it_is: bool) -> None:
+    """What a forked process does: the command, in a folder, with its output in files there."""
+    os.chdir(folder)
+    os.umask(umask)
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        file = os.open(f"rank{environment['RANK']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+    if not as_it_is:
+        os.execve(sys.executable, [sys.executable, *command], environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")

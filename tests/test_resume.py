@@ -66,7 +66,7 @@ def start(folder: Path, *arguments: str, dying: str | None = None) -> Finished:
     command = [TRAIN, "--config", folder / "run.yaml", *arguments]
     if dying is None:
         return run_ranks(2, command, folder=folder)
-    finished = run_ranks(2, [DYING, *command], folder=folder, env={"DYING": dying})
+    finished = run_ranks(2, [DYING, *dying.split(), *command], folder=folder)
     assert -9 in finished.codes, finished.errors
     return finished
 
@@ -268,7 +268,7 @@ def test_another_number_of_ranks_goes_on(undisturbed, again, split):
     for ranks, stop_after in zip(SPLITS[split], (8, 12)[-len(SPLITS[split]) :], strict=True):
         command = [TRAIN, "--config", again / "run.yaml"]
         if stop_after == 8:
-            finished = run_ranks(ranks, [DYING, *command], folder=again, env={"DYING": "step 3 0"})
+            finished = run_ranks(ranks, [DYING, "step", "3", "0", *command], folder=again)
             assert -9 in finished.codes, finished.errors
         else:
             finished = run_ranks(ranks, command, folder=again).expect_success()

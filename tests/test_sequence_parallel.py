@@ -40,7 +40,7 @@ def job(tmp_path_factory) -> Path:
         more = [["groups_share_what_they_should", []]] if ranks == 4 else []
         path.write_text(json.dumps([*([SCENARIO, [*given]] for given in agenda), *more]))
         script = REPOSITORY / "tests/engine/sequence_scenarios.py"
-        run_ranks(ranks, [script, path], folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+        run_ranks(ranks, [script, path], folder=folder)
     return folder
 
 

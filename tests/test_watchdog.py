@@ -14,7 +14,6 @@ from tests.test_resume import write_run
 from tests.test_run import TRAIN
 
 FAULTY = REPOSITORY / "tests/faulty.py"
-FAULTY_ENV = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def step(chosen: float, rejected: float = -1.0, length: float = 10.0) -> dict[str, float]:
@@ -95,11 +94,11 @@ def test_an_exception_on_one_rank_ends_all_ranks_within_seconds(tiny_chat, tmp_p
     run = write_run(tmp_path / "run", tiny_chat)
     front = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
     finished = subprocess.run(
-        [*map(str, front), str(FAULTY), str(TRAIN), "--config", str(run / "run.yaml")],
+        [*map(str, front), str(FAULTY), "raise", "3", "1", str(TRAIN), "--config", str(run / "run.yaml")],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **FAULTY_ENV, "FAULT": "raise 3 1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
     ended = time.monotonic()
     assert finished.returncode != 0
@@ -113,8 +112,7 @@ def test_an_exception_on_one_rank_ends_all_ranks_within_seconds(tiny_chat, tmp_p
 def test_a_hung_rank_ends_the_run_with_the_phase_and_the_limit_named(tiny_chat, tmp_path):
     run = write_run(tmp_path / "run", tiny_chat, train={"learning_rate": 1e-30})
     arguments = ["--config", run / "run.yaml", "--timeouts.train_s", "4", "--watchdogs.not_moving_steps", "1"]
-    env = {**FAULTY_ENV, "FAULT": "hang 3 1"}
-    finished = run_ranks(2, [FAULTY, TRAIN, *arguments], folder=run, env=env, timeout_s=100)
+    finished = run_ranks(2, [FAULTY, "hang", "3", "1", TRAIN, *arguments], folder=run, timeout_s=100)
     assert 1 in finished.codes
     errors = lines_with("error: ", finished.errors)
     assert errors

@@ -50,11 +50,11 @@ def job(tiny_models, tmp_path_factory) -> Path:
         arguments = [str(tiny_models["llama"]), str(folder / name)]
         agenda.append([name, [*arguments, str(folder / "mark")] if "code" in name else arguments])
     (folder / "agenda2.json").write_text(json.dumps(agenda))
-    run_ranks(2, [SCENARIOS, folder / "agenda2.json"], folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+    run_ranks(2, [SCENARIOS, folder / "agenda2.json"], folder=folder)
     for ranks in (1, 3):
         (folder / f"agenda{ranks}.json").write_text(json.dumps([["spreads", arguments] for arguments in trained]))
         command = [SCENARIOS, folder / f"agenda{ranks}.json"]
-        run_ranks(ranks, command, folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+        run_ranks(ranks, command, folder=folder)
     return folder
 
 

@@ -115,7 +115,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
     for ranks, agenda in agendas.items():
         path = folder / f"agenda{ranks}.json"
         path.write_text(json.dumps(agenda).replace("{ranks}", str(ranks)))
-        run_ranks(ranks, [SCENARIOS, path], folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+        run_ranks(ranks, [SCENARIOS, path], folder=folder)
     return folder
 
 

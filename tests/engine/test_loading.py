@@ -94,7 +94,7 @@ def outcomes(tiny_models, tmp_path_factory) -> dict[str, list[str]]:
     for ranks in (1, 2, 3):
         path = folder / f"agenda{ranks}.json"
         path.write_text(json.dumps(agenda))
-        finished = run_ranks(ranks, [SCENARIOS, path], folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+        finished = run_ranks(ranks, [SCENARIOS, path], folder=folder)
         for rank in range(ranks):
             noted = path.with_suffix(f".{rank}.outcomes").read_text().splitlines()
             for name, line in zip(names, noted, strict=False):

@@ -12,8 +12,7 @@ SCENARIOS = REPOSITORY / "tests/engine/patience_scenarios.py"
 
 
 def start(folder: Path, *scenarios: str, model: Path, **env: str) -> Finished:
-    env = {"PYTHONPATH": str(REPOSITORY), **env}
-    return run_ranks(2, [SCENARIOS, *scenarios, model], folder=folder, env=env, timeout_s=100)
+    return run_ranks(2, [SCENARIOS, *scenarios, model], folder=folder, env=env or None, timeout_s=100)
 
 
 def test_a_rank_that_stands_still_ends_by_the_clock_and_before_its_collectives(tmp_path, tiny_models):

@@ -26,7 +26,7 @@ LAYOUTS = ("padded", "packed")
 def run_agenda(ranks: int, agenda: list[list[object]], folder: Path) -> Finished:
     path = folder / f"agenda{ranks}.json"
     path.write_text(json.dumps(agenda))
-    return run_ranks(ranks, [SCENARIOS, path], folder=folder, env={"PYTHONPATH": str(REPOSITORY)})
+    return run_ranks(ranks, [SCENARIOS, path], folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ SCENARIOS = REPOSITORY / "tests/engine/stopping_scenarios.py"
 
 
 def run(folder: Path, *scenarios: str) -> list[str]:
-    env = {"PYTHONPATH": str(REPOSITORY)}
-    return run_ranks(2, [SCENARIOS, *scenarios], folder=folder, env=env, timeout_s=60).expect_success().outputs
+    return run_ranks(2, [SCENARIOS, *scenarios], folder=folder, timeout_s=60).expect_success().outputs
 
 
 def test_ranks_agree_and_leave_together(tmp_path):
