@@ -4,11 +4,13 @@ jemalloc was told so when the process started (``launcher.allocator``), glibc is
 """
 
 import ctypes
+import os
 
 from dpo_ds.launcher.allocator import is_jemalloc
 
 _ALL_ARENAS = 4096  # MALLCTL_ARENAS_ALL
 _SPARED_MS = 500  # at once, a whole run took four times as long (benchmarks/LOG.md)
+_KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
@@ -17,6 +19,16 @@ def keep_freed() -> None:
     if not is_jemalloc():
         # It would map every large tensor anew.
         _mallopt((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_MAX, 0))
+
+
+def keep_few_kernels() -> None:
+    """Bounds what stays of matrix products that are over; to be called before the first, a user's own bounds stay.
+
+    oneDNN compiles one for each combination of shapes, and so does ideep, torch's layer above it. Each keeps the last
+    1,024, of about 0.3 MB. Rows of unlike lengths fill both; those of a large micro-batch, about 200, are enough, once.
+    """
+    for name, value in _KERNELS.items():
+        os.environ.setdefault(name, value)
 
 
 def trim() -> None:

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from dpo_ds.engine.extensions import expose_ninja
-from dpo_ds.engine.host_memory import keep_freed, spare, trim
+from dpo_ds.engine.host_memory import keep_few_kernels, keep_freed, spare, trim
 from dpo_ds.engine.meeting import Meeting
 from dpo_ds.engine.patience import Patience, Phase
 from dpo_ds.engine.pulse import watch_machines
@@ -50,6 +50,7 @@ class World:
         if accelerator.device_name() == "cpu":
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // identity.local_size))
+            keep_few_kernels()
             keep_freed()
         else:
             accelerator.set_device(identity.local_rank)

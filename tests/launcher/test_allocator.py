@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_ds.launcher.allocator import preloaded
 
@@ -24,13 +25,17 @@ allocator.restart_with_jemalloc()
 print(allocator.is_jemalloc(), os.environ.get("LD_PRELOAD"))
 """
 
-FREED = """
+HELD = """
 from dpo_ds.engine import host_memory
-import time, torch
+import sys, time, torch
 
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+"""
 
+FREED = (
+    HELD
+    + """
 def freed_of(mebibytes):
     before = held()
     block = torch.ones(mebibytes * 2**18)
@@ -48,6 +53,22 @@ host_memory.spare()
 spared = freed_of(300)
 print(kept, spared)
 """
+)
+
+
+UNLIKE_SHAPES = (
+    HELD
+    + """
+if sys.argv[1] == "few":
+    host_memory.keep_few_kernels()
+whole = torch.ones(1001, 64, dtype=torch.bfloat16)
+whole @ whole[:64]
+before = held()
+for length in range(1, 1001):
+    whole[:length] @ whole[:64]
+print(held() - before)
+"""
+)
 
 
 def output_of(program: str, *arguments: str, folder: Path, env: dict[str, str]) -> list[list[str]]:
@@ -102,3 +123,17 @@ def test_freed_memory_is_kept_and_handed_back_when_asked(tmp_path, variables):
     *_, (kept, spared) = output_of(FREED, folder=tmp_path, env=variables)  # DeepSpeed has a word before
     assert int(kept) > 200
     assert int(spared) < 50
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bfloat16 here")
+def test_shapes_that_do_not_come_again_take_a_bounded_memory(tmp_path):
+    bounded, unbounded, own = (
+        int(output_of(UNLIKE_SHAPES, kept, folder=tmp_path, env=env)[-1][0])
+        for kept, env in (
+            ("few", {}),
+            ("all", {}),
+            ("few", {"LRU_CACHE_CAPACITY": "1024", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}),
+        )
+    )
+    assert bounded < 0.5 * unbounded
+    assert own > 0.8 * unbounded
