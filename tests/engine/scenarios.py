@@ -145,6 +145,16 @@ def expect_complaint(reference: ReferenceEngine, complaint: str) -> None:
         reference.check()
 
 
+def unlike_products_take_a_bounded_memory(world: World, model: str) -> None:
+    whole = torch.ones(1001, 64, dtype=torch.bfloat16)
+    before = psutil.Process().memory_info().rss
+    for length in range(1, 1001):
+        whole[:length] @ whole[:64]
+    assert psutil.Process().memory_info().rss - before < 2**20 * 400, (
+        "640 MiB where oneDNN and ideep keep what they like"
+    )
+
+
 def machines_are_told_apart(world: World, model: str) -> None:
     """Each rank stands for a machine, once of its own name and once of the same."""
     apart = MachineMetrics(world, local_rank=0, name=f"m{world.rank}").measure()

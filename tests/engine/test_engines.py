@@ -88,6 +88,7 @@ def job(tiny_models, tmp_path_factory) -> Path:
             ["unlike_reference_cannot_follow", [llama, routed]],
             ["other_expert_is_found", [routed, str(unlike)]],
             ["machines_are_told_apart", [llama]],
+            ["unlike_products_take_a_bounded_memory", [llama]],
             ["first_scores", [llama, "float32"]],
             ["first_scores", [llama, "bfloat16"]],
             *(["scores", [str(tiny_models[family]), str(folder / f"{family}.json")]] for family in FAMILIES),
@@ -157,6 +158,10 @@ def test_what_must_not_be_is_found(job, scenario):
 
 def test_machines_are_told_apart(job):
     expect_passed(job, "machines_are_told_apart")
+
+
+def test_products_of_unlike_shapes_take_a_bounded_memory(job):
+    expect_passed(job, "unlike_products_take_a_bounded_memory")
 
 
 def test_an_expert_that_is_not_the_files_is_found(job):
