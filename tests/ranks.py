@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 _MACHINE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
 _FORKED = get_context("forkserver")
-_FORKED.set_forkserver_preload(
+_FORKED.set_forkserver_preload(  # what a run imports and takes long; ZeRO-3 itself imports Muon
     [
         "datasets",
         "deepspeed",
@@ -59,9 +59,10 @@ def run_ranks(
 ) -> Finished:
     """Runs ``python ARGUMENTS`` on ``size`` ranks and waits for all of them.
 
-    As under a launcher, the first rank that fails makes the others end. With ``env`` each has an own interpreter,
-    since libraries read variables while they are imported.
+    As under a launcher, the first rank that fails makes the others end. With ``env`` each starts its own
+    interpreter, since libraries read variables while they are imported.
     """
+    # Not at the top: a forked process imports this module, too, before it has its variables.
     from dpo_ds.engine.extensions import build_extensions
 
     # Here, where nothing is killed for being late.
@@ -109,15 +110,14 @@ def run_ranks(
     )
 
 
-def _be_rank(command: list[str], environment: dict[str, str], folder: Path, umask: int, as_it_is: bool) -> None:
+def _be_rank(command: list[str], environment: dict[str, str], folder: Path, umask: int, in_place: bool) -> None:
     """What a forked process does: the command, in a folder, with its output in files there."""
     os.chdir(folder)
     os.umask(umask)
     for descriptor, kind in ((1, "out"), (2, "err")):
-        file = os.open(f"rank{environment['RANK']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-        os.close(file)
-    if not as_it_is:
+        with open(f"rank{environment['RANK']}.{kind}", "w") as file:
+            os.dup2(file.fileno(), descriptor)
+    if not in_place:
         os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)

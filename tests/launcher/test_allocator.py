@@ -12,7 +12,7 @@ from dpo_ds.launcher.allocator import preloaded
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
-CHANGED = {"LD_PRELOAD", "MALLOC_CONF", "DS_ACCELERATOR"}
+CHANGED = {"LD_PRELOAD", "MALLOC_CONF", "DS_ACCELERATOR", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
 
 needs_jemalloc = pytest.mark.skipif(not preloaded({}), reason="the machine has no jemalloc")
 
